@@ -1,0 +1,43 @@
+"""tokenry: serve large language models on any accelerator. The public names, imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenry.async_engine import AsyncEngine
+    from tokenry.backend.contract import hookimpl
+    from tokenry.config import EngineConfig, ServerConfig
+    from tokenry.llm import LLM
+    from tokenry.outputs import CompletionOutput, RequestOutput
+    from tokenry.params import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncEngine": "tokenry.async_engine",
+    "CompletionOutput": "tokenry.outputs",
+    "EngineConfig": "tokenry.config",
+    "LLM": "tokenry.llm",
+    "RequestOutput": "tokenry.outputs",
+    "SamplingParams": "tokenry.params",
+    "ServerConfig": "tokenry.config",
+    "hookimpl": "tokenry.backend.contract",
+}
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "ServerConfig",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tokenry' has no attribute {name!r}")

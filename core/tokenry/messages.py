@@ -1,0 +1,135 @@
+"""What crosses between a front (HTTP process, AsyncEngine, LLM) and the engine: msgspec structs, msgpack on the wire.
+
+In one direction commands, in the other events. In one process the same structs are passed as they are, so offline
+and served requests take one path. Knows no room.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from tokenry.params import SamplingParams
+from tokenry.plan import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defaults=True):
+    """Start a request (n is 1 here: the front makes one per completion).
+
+    priority      lower runs first, under the priority policy.
+    cache_salt    separates prefix-cache entries of tenants.
+    eos_token_ids the model's own end tokens, unless params.ignore_eos.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
+    lora_name: str | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Forget these requests now; unknown ids are ignored. No event answers an abort that the front asked for."""
+
+    request_ids: tuple[str, ...]
+
+
+class Query(msgspec.Struct, frozen=True, kw_only=True, tag="query"):
+    """Ask for one of: stats, reset_prefix_cache, check_integrity. Answered by a `Reply` with the same id."""
+
+    query_id: int
+    what: Literal["stats", "reset_prefix_cache", "check_integrity"]
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """End the engine process after the step in flight."""
+
+
+class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_defaults=True):
+    """News of one request.
+
+    token_ids        new tokens since the last event; logprobs beside them if asked for.
+    prompt_logprobs  whole, once, with the first token (or at the end if none was drawn).
+    finish_reason    set in the last event; error then has the text if it is "error".
+    stop_reason      the stop token id that ended it (None for EOS and length).
+    times            monotonic seconds of the engine's clock: queued, first scheduled, this event.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    queued_s: float = 0.0
+    scheduled_s: float = 0.0
+    event_s: float = 0.0
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
+    """A sample of the engine's counters and gauges (names follow vLLM's metrics); sent at most once a second."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    num_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    step_failures: int = 0
+    op_fallbacks: dict[str, int] = {}
+    uncompiled_launches: int = 0
+    programs: int = 0
+    num_requests_aborted: int = 0
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """Where the start is: phase name and share done (0..1)."""
+
+    phase: str
+    share: float = 0.0
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The engine serves. Facts that a front needs and shows."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    backend: str
+    device_name: str
+    architecture: str
+    dtype: str
+    ledger: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The start failed or the engine is dying: one cause, with its mend, as text."""
+
+    message: str
+    mend: str | None = None
+    error_type: str = "TokenryError"
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
+    """Answer to a `Query`: JSON-like data, or error text."""
+
+    query_id: int
+    data: dict[str, str | int | float | bool] = {}
+    error: str | None = None
+
+
+Command = AddRequest | Abort | Query | Shutdown
+Event = TokensEvent | Stats | Progress | Ready | Failed | Reply
