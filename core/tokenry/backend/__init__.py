@@ -1,1 +1,1 @@
-
+"""The wall between the core and a device, see `contract.py`."""

@@ -1,14 +1,16 @@
-"""The base class of every backend: a correct default, if slow, for each method of the contract but `memory`.
+"""The base class of every backend: a correct default, if slow, for each method of the contract but
+`memory`.
 
-A plugin subclasses `Backend`, sets `caps` and `memory`, and overrides what its device does better. It imports
-nothing of the core but `tokenry.backend` (contract, base, reference) and `tokenry.errors`.
+A plugin subclasses `Backend`, sets `caps` and `memory`, and overrides what its device does better.
+It imports nothing of the core but `tokenry.backend` (contract, base, reference) and
+`tokenry.errors`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,15 +20,21 @@ from torch import Tensor
 from tokenry.backend.contract import Bucket, Caps, HostBatch, KVPlan, KVSpec, MemoryInfo
 from tokenry.errors import DeviceOOM
 
+if TYPE_CHECKING:
+    from tokenry.backend.ops import OpTable
+
 KV = Any
-"""What `alloc_kv` returned: the core only passes it on; `kv[i]` is handed to layer i's attention op."""
+"""What `alloc_kv` returned: the core only passes it on; `kv[i]` is handed to layer i's attention
+op.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
     """`HostBatch` as tensors on `caps.input_device`: same names, int32, views of one packed copy.
 
-    token_ids already holds the fed-back tokens (prev_row is applied by the runner before the program).
+    token_ids already holds the fed-back tokens (prev_row is applied by the runner before the
+    program).
     """
 
     bucket: Bucket
@@ -47,8 +55,8 @@ class SampleInputs:
 
     temperature [R] float32, 0 is greedy     top_k [R] int32, 0 is off     top_p, min_p [R] float32
     uniform [R] float32 in [0, 1): the row's draw, a function of (seed, output position) only
-    all_greedy, any_filter: host flags of the batch, fixed for a program; False must always be right for the first,
-    True for the second.
+    all_greedy, any_filter: host flags of the batch, fixed for a program; False must always be right
+    for the first, True for the second.
     """
 
     temperature: Tensor
@@ -61,7 +69,9 @@ class SampleInputs:
 
 
 StepFn = Callable[[StepBatch, KV], Tensor]
-"""A model's step: batch and KV -> float32 logits [R, vocab] (token ids [R] int32 if caps.sampling is "tokens")."""
+"""A model's step: batch and KV -> float32 logits [R, vocab] (token ids [R] int32 if caps.sampling
+is "tokens").
+"""
 
 Program = Callable[[StepBatch], Tensor]
 """A step bound to its KV, as `compile` takes and gives it."""
@@ -73,21 +83,24 @@ class Op(Protocol):
     """One of the seven kernels. Found once at load (`OpTable.resolve`), then a plain call.
 
     attention(q, k, v, kv_layer, batch, *, scale, window, softcap) -> [T, num_heads * head_dim]
-        writes k, v [T, num_kv_heads, head_dim] to batch.slots, then causal attention of q [T, num_heads, head_dim]
-        over each request's blocks. window: None or number of most recent tokens seen (incl. itself); softcap: None
-        or c in c * tanh(s / c).
-    linear(x [T, in], weights) -> [T, out]           weights: what `pack({"weight": [out, in], "bias"?: [out]})` gave
-    rms_norm(x, weight, eps, residual=None) -> y, or (y, x + residual) with a residual; fp32 inside
-    rope(q [T, H, D], k [T, KH, D], positions [T], table [max_len, 2, rot/2]) -> (q, k)   cos, sin; first `rot` dims,
+        writes k, v [T, num_kv_heads, head_dim] to batch.slots, then causal attention of q [T,
+        num_heads, head_dim] over each request's blocks. window: None or number of most recent
+        tokens seen (incl. itself); softcap: None or c in c * tanh(s / c).
+    linear(x [T, in], weights) -> [T, out]           weights: what `pack({"weight": [out, in],
+    "bias"?: [out]})` gave rms_norm(x, weight, eps, residual=None) -> y, or (y, x + residual) with a
+    residual; fp32 inside rope(q [T, H, D], k [T, KH, D], positions [T], table [max_len, 2, rot/2])
+    -> (q, k)   cos, sin; first `rot` dims,
         half-split (GPT-NeoX) order
-    act_mul(x [T, 2I], kind) -> [T, I]               kind(x[:, :I]) * x[:, I:]; kind: silu | gelu | gelu_tanh
-    moe(x [T, E], router_logits [T, N], weights, *, top_k, renormalize, kind) -> [T, E]
+    act_mul(x [T, 2I], kind) -> [T, I]               kind(x[:, :I]) * x[:, I:]; kind: silu | gelu |
+    gelu_tanh moe(x [T, E], router_logits [T, N], weights, *, top_k, renormalize, kind) -> [T, E]
         weights: what `pack({"w13": [N, 2I, E], "w2": [N, E, I]})` gave
     sample(logits [R, V] float32, inputs: SampleInputs) -> [R] int32
     """
 
     def supports(self, **meta: Any) -> bool:
-        """Whether this kernel can do it (dtype, head_dim, window, ...); False: counted fall back to the reference."""
+        """Whether this kernel can do it (dtype, head_dim, window, ...); False: counted fall back to
+        the reference.
+        """
         ...
 
     def pack(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
@@ -100,7 +113,7 @@ class Op(Protocol):
 
 
 class ModelSpec(Protocol):
-    """What a backend may know of a model. `torch_step` is the core's own model over the given ops."""
+    """What a backend may know of a model; `torch_step` is the core's own over the given ops."""
 
     architecture: str
     config: Mapping[str, Any]
@@ -108,8 +121,10 @@ class ModelSpec(Protocol):
     vocab_size: int
     max_model_len: int
 
-    def torch_step(self, weights: WeightIter, ops: Mapping[str, Op], caps: Caps) -> StepFn:
-        """Build the core's torch model on caps.input_device, load `weights` into it, return its step."""
+    def torch_step(self, weights: WeightIter, ops: OpTable, caps: Caps) -> StepFn:
+        """Build the core's torch model on caps.input_device, load `weights` into it, return its
+        step.
+        """
         ...
 
 
@@ -129,7 +144,9 @@ class Backend:
 
     def memory(self) -> MemoryInfo:
         """Bytes of the device now."""
-        raise TypeError(f"{type(self).__name__} must define memory(): it is the one required method.")
+        raise TypeError(
+            f"{type(self).__name__} must define memory(): it is the one required method."
+        )
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -147,13 +164,13 @@ class Backend:
 
         return wait
 
-    def plan_kv(
-        self, spec: KVSpec, budget: int, probe: Callable[[], None] | None
-    ) -> KVPlan:
+    def plan_kv(self, spec: KVSpec, budget: int, probe: Callable[[], None] | None) -> KVPlan:
         """How many blocks fit into `budget` bytes of this device (weights are loaded already).
 
-        `probe` runs the worst-case step on a small KV of its own and frees it; None: plan by formula.
-        The ledger's weights is memory used before, activations the probe's growth, margin 2 % of the budget.
+        `probe` runs the worst-case step on a small KV of its own and frees it; None: plan by
+        formula.
+        The ledger's weights is memory used before, activations the probe's growth, margin 2 % of
+        the budget.
         """
         before = self.memory()
         peak = before.used
@@ -177,7 +194,9 @@ class Backend:
         )
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
-        """Zeroed KV: per layer a tensor [2, num_blocks, block_size, num_kv_heads, head_dim]. Raises DeviceOOM."""
+        """Zeroed KV: per layer a tensor [2, num_blocks, block_size, num_kv_heads, head_dim]. Raises
+        DeviceOOM.
+        """
         shape = (2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, spec.dtype)
         try:
@@ -187,7 +206,8 @@ class Backend:
             ]
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise DeviceOOM(
-                f"No memory for {num_blocks} KV blocks ({num_blocks * spec.block_bytes / 2**30:.2f} GiB) on "
+                f"No memory for {num_blocks} KV blocks "
+                f"({num_blocks * spec.block_bytes / 2**30:.2f} GiB) on "
                 f"{self.caps.input_device}.",
                 mend="--max-model-len, --max-num-seqs or --memory-fraction lower",
             ) from error
@@ -200,12 +220,14 @@ class Backend:
         """The kernels that this device has, by name; missing ones are the reference ops."""
         return {}
 
-    def build_model(self, spec: ModelSpec, weights: WeightIter, ops: Mapping[str, Op]) -> StepFn:
+    def build_model(self, spec: ModelSpec, weights: WeightIter, ops: OpTable) -> StepFn:
         """The model's step. Override where the device cannot run the core's torch model."""
         return spec.torch_step(weights, ops, self.caps)
 
     def compile(self, step: Program, example: StepBatch) -> Program:
-        """Make `step` a program for example.bucket (capture, ahead of time); the default runs it as it is."""
+        """Make `step` a program for example.bucket (capture, ahead of time); the default runs it as
+        it is.
+        """
         return step
 
     def communicator(self, group: GroupSpec) -> Any:

@@ -1,11 +1,12 @@
 """The wall between the core and a device: all that either side may know of the other.
 
-In: facts about a device (`DeviceRef`, `Caps`, `MemoryInfo`). Out: what the core asks of it (`Hooks`, `Bucket`,
-`HostBatch`, `KVSpec`, ...). Data only, and importing it imports neither torch nor a driver; the base class with a
-default for every method is in `base.py`, the ops and their oracle in `reference.py`.
+In: facts about a device (`DeviceRef`, `Caps`, `MemoryInfo`). Out: what the core asks of it
+(`Hooks`, `Bucket`, `HostBatch`, `KVSpec`, ...). Data only, and importing it imports neither torch
+nor a driver; the base class with a default for every method is in `base.py`, the ops and their
+oracle in `reference.py`.
 
-Version rule: `CONTRACT = (major, minor)`. A minor only adds (a field with a conservative default, a method with a
-default, an optional op). The core serves majors M and M-1.
+Version rule: `CONTRACT = (major, minor)`. A minor only adds (a field with a conservative default, a
+method with a default, an optional op). The core serves majors M and M-1.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ NULL_BLOCK = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRef:
-    """What a probe found. score 0: present but unusable, `why` says so; the highest score wins; the CPU says 1."""
+    """What a probe found. score 0: present but unusable, `why` says so; the highest score wins; the
+    CPU says 1.
+    """
 
     backend: str
     index: int
@@ -49,11 +52,14 @@ class ShapeRules:
     """Which shapes a program may have.
 
     static        only buckets that were warmed may reach a program.
-    uniform_q     tokens == seqs * q: rows are right-padded to one length, so a [seqs, q] view is legal.
-    kv_axis       which axis of the KV is a bucket: none (block_table is always max_blocks wide), per_seq (widest
-                  block table of the batch), total (sum of blocks over the batch).
-    multiple_of   axis name ("tokens" is per row if uniform_q, "seqs", "kv_blocks") -> step of the bucket values.
-    max_programs  most programs that the device should hold; the core coarsens its buckets to stay below.
+    uniform_q     tokens == seqs * q: rows are right-padded to one length, so a [seqs, q] view is
+                  legal.
+    kv_axis       which axis of the KV is a bucket: none (block_table is always max_blocks wide),
+                  per_seq (widest block table of the batch), total (sum of blocks over the batch).
+    multiple_of   axis name ("tokens" is per row if uniform_q, "seqs", "kv_blocks") -> step of the
+                  bucket values.
+    max_programs  most programs that the device should hold; the core coarsens its buckets to stay
+                  below.
     """
 
     static: bool = False
@@ -70,7 +76,8 @@ class PhaseRules:
     mixed             prefill and decode rows together.
     chunked           prefill rows may have cached context.
     max_prefill_seqs  most rows in one prefill program, None: no limit.
-    max_decode_q      tokens a row may have and still count as decode (more than 1: speculative verification).
+    max_decode_q      tokens a row may have and still count as decode (more than 1: speculative
+                      verification).
     """
 
     mixed: bool = True
@@ -85,15 +92,19 @@ class Caps:
 
     contract          version the backend was tested with.
     input_device      torch device of the packed inputs and of the KV ("cpu" for opaque devices).
-    dtypes            model dtypes, preferred first (the first that the checkpoint can be cast to is `auto`).
+    dtypes            model dtypes, preferred first (the first that the checkpoint can be cast to is
+                      `auto`).
     kv_dtypes         "auto" = model dtype.
     block_sizes       tokens per KV block, preferred first.
     graphs            none | capture (replay of recorded launches) | aot (compiled before service).
-    kv_baked          a program depends on num_blocks, so the KV is planned, without a device, before compile.
-    sampling          logits: the core samples with the `sample` op; tokens: the program returns token ids.
+    kv_baked          a program depends on num_blocks, so the KV is planned, without a device,
+                      before compile.
+    sampling          logits: the core samples with the `sample` op; tokens: the program returns
+                      token ids.
     sample_max_top_k  requests beyond it are refused, None: no limit.
     token_feedback    the next step can take its token ids from the previous one on the device.
-    batch_invariant   a claim, tested if made: the bits of a row do not depend on the other rows or on chunking.
+    batch_invariant   a claim, tested if made: the bits of a row do not depend on the other rows or
+                      on chunking.
     """
 
     contract: tuple[int, int] = CONTRACT
@@ -120,9 +131,11 @@ class Caps:
 class Bucket:
     """The only Python values that a program may depend on.
 
-    tokens   rows of the packed inputs, over all requests.   seqs      rows of block_table and seq_lens.
+    tokens   rows of the packed inputs, over all requests.   seqs      rows of block_table and
+             seq_lens.
     kv_blocks  padded length of the KV axis (0 where kv_axis is "none").
-    logits   "last": logit_rows has `seqs` entries; "all": it has `tokens` entries (prompt log-probabilities).
+    logits   "last": logit_rows has `seqs` entries; "all": it has `tokens` entries (prompt log-
+             probabilities).
     """
 
     phase: Phase
@@ -134,7 +147,9 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """The KV that one model needs: per layer, key and value of [num_kv_heads, head_dim] for each token."""
+    """The KV that one model needs: per layer, key and value of [num_kv_heads, head_dim] for each
+    token.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -151,7 +166,9 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryInfo:
-    """Bytes of the device (for the CPU: of the cgroup). exact=False where the device can only estimate."""
+    """Bytes of the device (for the CPU: of the cgroup). exact=False where the device can only
+    estimate.
+    """
 
     total: int
     free: int
@@ -174,14 +191,17 @@ class HostBatch:
     T = bucket.tokens, S = bucket.seqs, R = S or T (bucket.logits).
     token_ids   [T]      padding 0
     positions   [T]      position of the token in its request; padding 0
-    slots       [T]      block_id * block_size + offset, where this token's KV goes; padding: slots of block 0
-    q_start     [S+1]    first row of each request; request i owns rows q_start[i] .. q_start[i] + its new tokens - 1
+    slots       [T]      block_id * block_size + offset, where this token's KV goes; padding: slots
+                of block 0
+    q_start     [S+1]    first row of each request; request i owns rows q_start[i] .. q_start[i] +
+                its new tokens - 1
                          (with uniform_q the rest up to q_start[i+1] is padding)
     q_lens      [S]      new tokens of each request; padding 0
     seq_lens    [S]      cached + new tokens of each request; padding 0
     block_table [S, MB]  block ids, padding 0 (the null block)
     logit_rows  [R]      which rows of the T need logits; padding 0
-    prev_row    [T]      >= 0: take this token from that row of the previous launch's sampled tokens; else -1
+    prev_row    [T]      >= 0: take this token from that row of the previous launch's sampled
+                tokens; else -1
     extra                what `Backend.attn_inputs` added
     """
 
@@ -203,10 +223,14 @@ class Hooks:
 
     @hookspec
     def tokenry_probe(self) -> DeviceRef | None:
-        """Facts only: no torch import, no driver context, no environment writes, under 200 ms. None: not here."""
+        """Facts only: no torch import, no driver context, no environment writes, under 200 ms.
+        None: not here.
+        """
 
     @hookspec(firstresult=True)
     def tokenry_open(
         self, device: DeviceRef, options: Mapping[str, str], contract: tuple[int, int]
     ) -> Backend | None:
-        """Open the device; None if it is another plugin's. `options` are the `--backend-option key=value` pairs."""
+        """Open the device; None if it is another plugin's. `options` are the `--backend-option
+        key=value` pairs.
+        """
