@@ -1,0 +1,390 @@
+"""From a user's request to the engine's commands, and from the engine's events to what the user
+sees.
+
+In: prompt token ids with SamplingParams; later `TokensEvent`s. Out: one `AddRequest` per completion
+("{id}#{i}"), later `Update`s with a `RequestOutput` and the children to abort because a stop string
+was found. LLM, AsyncEngine and the HTTP process each own one `OutputProcessor`. Knows no engine and
+no transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from tokenry.errors import ContextLengthExceeded, RequestError, StepFailed, TokenryError
+from tokenry.messages import AddRequest, TokensEvent
+from tokenry.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from tokenry.params import SamplingParams
+from tokenry.plan import TokenLogprobs
+from tokenry.text.detokenizer import make_detokenizer
+from tokenry.text.stops import StopStrings
+from tokenry.text.tokenizer import Tokenizer
+
+OutputKind = Literal["cumulative", "delta", "final"]
+"""Outputs hold everything so far / what is new of the completion that has news / everything, once,
+at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What one event meant to its request.
+
+    output   None where there is nothing to tell (kind "final" before the end, text held back).
+    abort    child ids that the engine should forget.
+    error    the request failed, nothing more will come.
+    """
+
+    request_id: str
+    output: RequestOutput | None = None
+    abort: tuple[str, ...] = ()
+    error: TokenryError | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the request's last update."""
+        return self.error is not None or (self.output is not None and self.output.finished)
+
+
+class OutputProcessor:
+    """Owns the text state of every request of one front.
+
+    vocab_size   ids at or above are refused; without it what config.json beside the tokenizer says,
+                 else the tokenizer's.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_model_len: int, vocab_size: int | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size or tokenizer.model_vocab_size or tokenizer.vocab_size
+        self._requests: dict[str, RequestState] = {}
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Requests that are not finished."""
+        return tuple(self._requests)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        kind: OutputKind = "cumulative",
+        priority: int = 0,
+        cache_salt: str = "",
+        lora_name: str | None = None,
+        param: str = "prompt",
+    ) -> list[AddRequest]:
+        """Commands that start the request: one per completion. Raises RequestError, and then
+        nothing was started.
+        """
+        if request_id in self._requests:
+            raise RequestError(
+                f"A request with the id {request_id!r} is running.", param="request_id"
+            )
+        validate(
+            prompt_ids,
+            params,
+            max_model_len=self._max_model_len,
+            vocab_size=self._vocab_size,
+            param=param,
+        )
+        params = complete_params(params, self._tokenizer, self._max_model_len - len(prompt_ids))
+        state = RequestState(
+            request_id, tuple(prompt_ids), params, self._tokenizer, prompt=prompt, kind=kind
+        )
+        self._requests[request_id] = state
+        return [
+            AddRequest(
+                request_id=child_id(request_id, i),
+                token_ids=state.prompt_ids,
+                params=_child_params(params, i),
+                eos_token_ids=() if params.ignore_eos else self._tokenizer.eos_token_ids,
+                priority=priority,
+                cache_salt=cache_salt,
+                lora_name=lora_name,
+            )
+            for i in range(params.n)
+        ]
+
+    def update(self, event: TokensEvent) -> Update | None:
+        """What the event means; None if its request is gone (aborted, or stopped a step ago)."""
+        request_id, _, index = event.request_id.rpartition("#")
+        state = self._requests.get(request_id)
+        if state is None:
+            return None
+        if event.finish_reason == "error":
+            del self._requests[request_id]
+            error = StepFailed(event.error or "The engine could not compute this request.")
+            return Update(request_id=request_id, error=error, abort=state.unfinished(int(index)))
+        update = state.update(int(index), event)
+        if state.finished:
+            del self._requests[request_id]
+        return update
+
+    def abort(self, request_id: str) -> tuple[str, ...]:
+        """Forget the request; the child ids that the engine should forget, too. Unknown ids give
+        ().
+        """
+        state = self._requests.pop(request_id, None)
+        return () if state is None else state.unfinished()
+
+    def fail_all(self, error: TokenryError) -> list[Update]:
+        """Every request fails with this error (the engine died)."""
+        updates = [Update(request_id=request_id, error=error) for request_id in self._requests]
+        self._requests.clear()
+        return updates
+
+
+class RequestState:
+    """One request: its completions so far. Owned by OutputProcessor."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        prompt: str | None,
+        kind: OutputKind,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_ids = prompt_ids
+        self._prompt = prompt
+        self._kind = kind
+        self._tokenizer = tokenizer
+        self._children = [_Completion(i, prompt_ids, params, tokenizer) for i in range(params.n)]
+        self._arrival_s = time.monotonic()
+        self._first_token_s: float | None = None
+        self._finished_s: float | None = None
+        self._num_cached = 0
+        self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+        self._prompt_logprobs_told = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return all(child.finish_reason is not None for child in self._children)
+
+    def unfinished(self, but: int | None = None) -> tuple[str, ...]:
+        """Ids of the children that the engine still runs."""
+        return tuple(
+            child_id(self.request_id, child.index)
+            for child in self._children
+            if child.finish_reason is None and child.index != but
+        )
+
+    def update(self, index: int, event: TokensEvent) -> Update | None:
+        """What the event of one child means to the request."""
+        child = self._children[index]
+        if child.finish_reason is not None:  # a stop string ended it, this token was under way
+            return None
+        now = time.monotonic()
+        if event.token_ids and self._first_token_s is None:
+            self._first_token_s = now
+        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        if event.prompt_logprobs is not None and self._prompt_logprobs is None:
+            entries = (logprobs_dict(entry, self._tokenizer) for entry in event.prompt_logprobs)
+            self._prompt_logprobs = (None, *entries)
+        news = child.take(event)
+        stopped = child.finish_reason is not None and event.finish_reason is None
+        if self.finished:
+            self._finished_s = now
+        return Update(
+            request_id=self.request_id,
+            output=self._output(child, news),
+            abort=(child_id(self.request_id, index),) if stopped else (),
+        )
+
+    def _output(self, child: _Completion, news: CompletionOutput) -> RequestOutput | None:
+        outputs: tuple[CompletionOutput, ...]
+        prompt_logprobs = self._prompt_logprobs
+        if self._kind == "delta":
+            outputs = (news,)
+            if self._prompt_logprobs_told:
+                prompt_logprobs = None
+            self._prompt_logprobs_told = self._prompt_logprobs is not None
+            if not news.token_ids and not news.text and not news.finished:
+                return None
+        elif self._kind == "final" and not self.finished:
+            return None
+        else:
+            outputs = tuple(c.whole() for c in self._children)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self.prompt_ids,
+            outputs=outputs,
+            finished=self.finished,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=self._num_cached,
+            metrics=RequestMetrics(
+                arrival_s=self._arrival_s,
+                first_token_s=self._first_token_s,
+                finished_s=self._finished_s,
+            ),
+        )
+
+
+class _Completion:
+    """One completion: its tokens, its text, and whether it has ended."""
+
+    def __init__(
+        self, index: int, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        self.index = index
+        self.finish_reason: str | None = None
+        self._stop_reason: int | str | None = None
+        self._params = params
+        self._tokenizer = tokenizer
+        self._detokenizer = make_detokenizer(
+            tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=prompt_ids
+        )
+        self._stops = StopStrings(params.stop, include_in_output=params.include_stop_str_in_output)
+        self._text = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._cumulative: float | None = None if params.logprobs is None else 0.0
+
+    def take(self, event: TokensEvent) -> CompletionOutput:
+        """Take the event in; what it added."""
+        num_before, text = len(self._token_ids), ""
+        for position, token_id in enumerate(event.token_ids):
+            last = position == len(event.token_ids) - 1
+            text += self._token(token_id, ends=last and event.finish_reason == "stop")
+            if self._logprobs is not None and position < len(event.logprobs):
+                entry = event.logprobs[position]
+                self._logprobs.append(logprobs_dict(entry, self._tokenizer))
+                self._cumulative = (self._cumulative or 0.0) + entry.logprobs[0]
+            if self._stops.matched is not None:
+                break
+        if self._stops.matched is None and event.finish_reason is not None:
+            text += self._end()
+            if self._stops.matched is None:
+                self.finish_reason, self._stop_reason = event.finish_reason, event.stop_reason
+        if self._stops.matched is not None:
+            self.finish_reason, self._stop_reason = "stop", self._stops.matched
+        self._text += text
+        return self._snapshot(text, num_before)
+
+    def whole(self) -> CompletionOutput:
+        """Everything so far."""
+        return self._snapshot(self._text, 0)
+
+    def _token(self, token_id: int, *, ends: bool) -> str:
+        self._token_ids.append(token_id)
+        if not self._params.detokenize or (ends and not self._params.include_stop_str_in_output):
+            return ""  # the token that ends a text is not part of it
+        text = self._detokenizer.feed((token_id,))
+        if len(self._token_ids) <= self._params.min_tokens:
+            return text  # no stop string may end or begin here
+        return self._stops.feed(text)
+
+    def _end(self) -> str:
+        if not self._params.detokenize:
+            return ""
+        return self._stops.feed(self._detokenizer.flush()) + self._stops.flush()
+
+    def _snapshot(self, text: str, start: int) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tuple(self._token_ids[start:]),
+            cumulative_logprob=self._cumulative,
+            logprobs=None if self._logprobs is None else tuple(self._logprobs[start:]),
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+
+
+def child_id(request_id: str, index: int) -> str:
+    """Id of a request's completion inside the engine."""
+    return f"{request_id}#{index}"
+
+
+def validate(
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    max_model_len: int,
+    vocab_size: int,
+    param: str = "prompt",
+) -> None:
+    """Raises RequestError (ContextLengthExceeded) if the request cannot be served; `param` is the
+    prompt's field.
+    """
+    if not prompt_ids:
+        raise RequestError("The prompt is empty: it has no token.", param=param)
+    if len(prompt_ids) >= max_model_len:
+        raise ContextLengthExceeded(
+            max_model_len=max_model_len, num_prompt_tokens=len(prompt_ids), param=param
+        )
+    named = {param: prompt_ids, "stop_token_ids": params.stop_token_ids}
+    named["allowed_token_ids"] = params.allowed_token_ids or ()
+    named["logit_bias"] = tuple(params.logit_bias or ())
+    for name, ids in named.items():
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < vocab_size)
+            raise RequestError(
+                f"{name} has the token id {wrong}, the model's ids are 0 to {vocab_size - 1}.",
+                param=name,
+            )
+    if params.stop and not params.detokenize:
+        raise RequestError("Stop strings need the text: detokenize is false.", param="stop")
+
+
+def complete_params(
+    params: SamplingParams, tokenizer: Tokenizer, num_remaining: int
+) -> SamplingParams:
+    """Params with what the engine cannot know: room for the answer, and bad words as token ids."""
+    asked = params.max_tokens
+    max_tokens = num_remaining if asked is None else min(asked, num_remaining)
+    bad_words_ids = params.bad_words_ids
+    if params.bad_words:
+        bad_words_ids = (*bad_words_ids, *tokenize_bad_words(params.bad_words, tokenizer))
+    return msgspec.structs.replace(params, max_tokens=max_tokens, bad_words_ids=bad_words_ids)
+
+
+def tokenize_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word at the beginning of a text and after a space."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if not word.strip() or not ids:
+                raise RequestError("A bad word must hold more than spaces.", param="bad_words")
+            found[ids] = None
+    return tuple(found)
+
+
+def logprobs_dict(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
+    """Log-probabilities at one position by token id, the chosen token first."""
+    ranks = (entry.rank, *range(1, len(entry.token_ids)))
+    result: dict[int, Logprob] = {}
+    for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True):
+        if token_id not in result:  # the chosen token comes again among the most likely
+            text = tokenizer.token_text(token_id)
+            result[token_id] = Logprob(logprob=logprob, rank=rank, decoded_token=text)
+    return result
+
+
+def _child_params(params: SamplingParams, index: int) -> SamplingParams:
+    if params.seed is None:
+        return msgspec.structs.replace(params, n=1)
+    seed = params.seed + index
+    return msgspec.structs.replace(params, n=1, seed=seed if seed < 2**64 else seed - 2**64)
