@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from tokenry.backend.base import StepBatch
 from tokenry.backend.contract import Bucket
 from tokenry.backend.reference import REFERENCE_OPS

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tokenry.backend.base import Backend, Op
-from tokenry.backend.contract import Caps, MemoryInfo
-from tokenry.errors import ConfigError
+from tokenry.backend.base import KV, Backend, Op
+from tokenry.backend.contract import Caps, HostBatch, KVSpec, MemoryInfo
+from tokenry.errors import ConfigError, DeviceOOM
 from tokenry_cpu.memory import cpu_quota, read_memory
-from tokenry_cpu.ops import cpu_ops
+from tokenry_cpu.ops import cpu_ops, plan_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,28 @@ class CpuBackend(Backend):
     def memory(self) -> MemoryInfo:
         """Bytes of the tightest control group, or of the machine."""
         return read_memory(self._root)
+
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
+        """Per layer [num_blocks, 2, KH, block_size, D], zeroed: a head's share of a block is one
+        copy.
+
+        Raises DeviceOOM: the kernel would grant the memory now and kill the process when it is
+        touched.
+        """
+        need, free = num_blocks * spec.block_bytes, self.memory().free
+        if need > free:
+            raise DeviceOOM(
+                f"{num_blocks} KV blocks need {need / 2**30:.2f} GiB, "
+                f"{free / 2**30:.2f} GiB is free.",
+                mend="--memory-fraction or --max-model-len lower",
+            )
+        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        dtype = getattr(torch, spec.dtype)
+        return [torch.zeros(shape, dtype=dtype) for _ in range(spec.num_layers)]
+
+    def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:
+        """Which rows attention takes together."""
+        return plan_rows(host)
 
     def ops(self) -> Mapping[str, Op]:
         """Kernels whose rows do not depend on the batch."""

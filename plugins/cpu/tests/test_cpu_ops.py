@@ -1,0 +1,177 @@
+"""The CPU's kernels: the same numbers as the reference, and the same bits in whatever company."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenry.backend.base import StepBatch
+from tokenry.backend.contract import Bucket
+from tokenry.backend.reference import REFERENCE_OPS
+from tokenry_cpu.ops import cpu_ops
+
+OPS = cpu_ops()
+BLOCK = 32
+
+
+class Cache:
+    """One layer's KV with requests of given lengths in shuffled blocks; all their tokens are known."""
+
+    def __init__(self, lengths, *, heads=4, kv_heads=2, head_dim=32, seed=0, dtype=torch.float32):
+        rng = np.random.default_rng(seed)
+        self.lengths, self.heads, self.kv_heads, self.head_dim = lengths, heads, kv_heads, head_dim
+        counts = [-(-n // BLOCK) for n in lengths]
+        self.width = max(counts) + 2
+        blocks = list(rng.permutation(np.arange(1, sum(counts) + 4)))
+        self.num_blocks = sum(counts) + 4
+        self.tables = [[int(blocks.pop()) for _ in range(c)] for c in counts]
+        self.q, self.k, self.v = (
+            [
+                torch.from_numpy(rng.standard_normal((n, h, head_dim), np.float32)).to(dtype)
+                for n in lengths
+            ]
+            for h in (heads, kv_heads, kv_heads)
+        )
+        self.dtype = dtype
+
+    def run(self, rows, *, op=None, **rule):
+        """Attention of rows (request, cached, new): each row's result [new, H * D]."""
+        op = op or OPS["attention"]
+        shape = (2, self.num_blocks, BLOCK, self.kv_heads, self.head_dim)
+        kv = torch.full(shape, 37.0, dtype=self.dtype)
+        kv[:, 0] = -1e4
+        slots, positions = [], []
+        q_lens = [new for _, _, new in rows]
+        for request, cached, new in rows:
+            table = self.tables[request]
+            at = [table[p // BLOCK] * BLOCK + p % BLOCK for p in range(cached + new)]
+            old = torch.tensor(at[:cached], dtype=torch.long)
+            kv.flatten(1, 2)[0][old] = self.k[request][:cached]
+            kv.flatten(1, 2)[1][old] = self.v[request][:cached]
+            slots += at[cached:]
+            positions += range(cached, cached + new)
+        if op is OPS["attention"]:
+            kv = kv.permute(1, 0, 3, 2, 4).contiguous()
+
+        def ints(values):
+            return torch.tensor(values, dtype=torch.int32)
+
+        batch = StepBatch(
+            bucket=Bucket("mixed", len(rows), len(slots), 0),
+            token_ids=ints([0] * len(slots)),
+            positions=ints(positions),
+            slots=ints(slots),
+            q_start=ints([0, *np.cumsum(q_lens)]),
+            q_lens=ints(q_lens),
+            seq_lens=ints([c + n for _, c, n in rows]),
+            block_table=ints(
+                [self.tables[r] + [0] * (self.width - len(self.tables[r])) for r, _, _ in rows]
+            ),
+            logit_rows=ints([0] * len(rows)),
+            extra={},
+        )
+        q, k, v = (
+            torch.cat([xs[r][c : c + n] for r, c, n in rows]) for xs in (self.q, self.k, self.v)
+        )
+        out = op(q, k, v, kv, batch, scale=self.head_dim**-0.5, **rule)
+        return out.split(q_lens)
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 40}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_agrees_with_the_reference(rule, dtype):
+    cache = Cache([200, 1, 33, 300, 128], dtype=dtype, head_dim=20, heads=6)
+    rows = [(0, 130, 70), (1, 0, 1), (2, 32, 1), (3, 299, 1), (4, 0, 128)]
+    got = cache.run(rows, **rule)
+    want = cache.run(rows, op=REFERENCE_OPS["attention"], **rule)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_attention_bits_depend_on_neither_company_nor_chunking(data):
+    head_dim = data.draw(st.sampled_from([8, 32, 64, 128]))
+    heads, kv_heads = data.draw(st.sampled_from([(4, 4), (6, 2), (4, 1)]))
+    lengths = data.draw(st.lists(st.integers(1, 600), min_size=1, max_size=6))
+    rule = data.draw(st.sampled_from([{}, {"window": 100}, {"softcap": 3.0}]))
+    cache = Cache(lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, seed=len(lengths))
+    whole = [cache.run([(r, 0, n)], **rule)[0] for r, n in enumerate(lengths)]
+    rows = []
+    for request, length in enumerate(lengths):
+        start = data.draw(st.integers(0, length - 1))
+        rows.append((request, start, data.draw(st.sampled_from([1, length - start]))))
+    for (request, start, new), got in zip(rows, cache.run(rows, **rule), strict=True):
+        assert torch.equal(got, whole[request][start : start + new])
+
+
+def test_many_single_tokens_give_the_bits_of_one_long_prompt():
+    cache = Cache([260], heads=12, kv_heads=4, head_dim=64)
+    whole = cache.run([(0, 0, 260)])[0]
+    for position in (0, 1, 127, 128, 129, 255, 259):
+        assert torch.equal(cache.run([(0, position, 1)])[0][0], whole[position])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("inner", "outer"), [(64, 96), (256, 768), (2048, 300), (40, 1000)])
+def test_linear_rows_keep_their_bits_and_agree_with_the_reference(dtype, inner, outer):
+    torch.manual_seed(0)
+    weights = {"weight": torch.randn(outer, inner) / inner**0.5, "bias": torch.randn(outer)}
+    weights = {name: w.to(dtype) for name, w in weights.items()}
+    x = torch.randn(40, inner).to(dtype)
+    op = OPS["linear"]
+    packed = op.pack(weights)
+    full = op(x, packed)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}[dtype]
+    want = REFERENCE_OPS["linear"](x, weights)
+    torch.testing.assert_close(full, want, rtol=tolerance, atol=tolerance)
+    for rows in (1, 2, 3, 5, 8, 17, 33):
+        for start in (0, 3):
+            assert torch.equal(op(x[start : start + rows], packed), full[start : start + rows])
+
+
+def small_ops(x, q, k, positions, table, weight):
+    """Everything but attention and linear, row by row."""
+    y, total = OPS["rms_norm"](x, weight, 1e-6, x * 2)
+    return (
+        y,
+        total,
+        OPS["rms_norm"](x, weight, 1e-6),
+        OPS["act_mul"](x, "silu"),
+        OPS["act_mul"](x, "gelu_tanh"),
+        *OPS["rope"](q, k, positions, table),
+    )
+
+
+@pytest.mark.parametrize("rotary", [32, 24], ids=["whole", "partial"])
+def test_the_small_ops_keep_their_bits_and_agree_with_the_reference(rotary):
+    torch.manual_seed(0)
+    x, weight = torch.randn(37, 96), torch.randn(96)
+    q, k = torch.randn(37, 4, 32), torch.randn(37, 2, 32)
+    positions = torch.randint(0, 50, (37,), dtype=torch.int32)
+    table = torch.randn(50, 2, rotary // 2)
+    full = small_ops(x, q, k, positions, table, weight)
+    for a, b in zip(full[-2:], REFERENCE_OPS["rope"](q, k, positions, table), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 36)):
+        part = small_ops(x[rows], q[rows], k[rows], positions[rows], table, weight)
+        for a, b in zip(part, full, strict=True):
+            assert torch.equal(a, b[rows])
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_experts_agree_with_the_reference_and_keep_their_bits(renormalize):
+    torch.manual_seed(0)
+    weights = {"w13": torch.randn(6, 64, 48) / 7, "w2": torch.randn(6, 48, 32) / 6}
+    x, router = torch.randn(21, 48), torch.randn(21, 6)
+    rule = {"top_k": 2, "renormalize": renormalize, "kind": "silu"}
+    packed = OPS["moe"].pack(weights)
+    full = OPS["moe"](x, router, packed, **rule)
+    want = REFERENCE_OPS["moe"](x, router, weights, **rule)
+    torch.testing.assert_close(full, want, rtol=1e-4, atol=1e-5)
+    for rows in (slice(0, 1), slice(4, 11)):
+        assert torch.equal(OPS["moe"](x[rows], router[rows], packed, **rule), full[rows])
