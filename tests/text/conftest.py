@@ -128,3 +128,15 @@ def sentencepiece(tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def demo() -> Tokenizer:
     return Tokenizer.load(find_model("demo"))
+
+
+@pytest.fixture(scope="session")
+def core_of():
+    """A fresh core of the kind that is named."""
+    return lambda kind: CORES[kind]()
+
+
+@pytest.fixture(scope="session")
+def save_core():
+    """`save`, for tests that write their own directory."""
+    return save

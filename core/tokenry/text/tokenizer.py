@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from tokenry.errors import ModelLoadError, RequestError
 from tokenry.text.chat import ChatTemplate, read_templates
@@ -86,7 +85,6 @@ class Tokenizer:
         core = _load_core(path)
         special = _special_tokens(config, legacy)
         _add_missing_tokens(core, config, special)
-        _set_bos_eos(core, config, special)
         core.no_truncation()
         core.no_padding()
         model_config = _read_json(path / "config.json")
@@ -266,12 +264,15 @@ def _convert(path: Path, file: str) -> tokenizers.Tokenizer:
 
 
 def _special_tokens(config: dict[str, Any], legacy: dict[str, Any]) -> dict[str, str]:
-    special = {}
-    for name in _NAMED:
-        text = _token_content(config.get(name)) or _token_content(legacy.get(name))
-        if text is not None:
-            special[name] = text
-    return special
+    """Named special tokens. The older special_tokens_map.json counts only beside an older config.
+
+    `add_bos_token` is not read: tokenizer.json's post-processor says what stands around a prompt,
+    in transformers 5 as here.
+    """
+    if "added_tokens_decoder" not in config:
+        config = {**config, **legacy}
+    contents = {name: _token_content(config.get(name)) for name in _NAMED}
+    return {name: text for name, text in contents.items() if text is not None}
 
 
 def _token_content(value: Any) -> str | None:
@@ -302,23 +303,6 @@ def _add_missing_tokens(
                 [tokenizers.AddedToken(content, special=True, normalized=False)]
             )
             known.add(content)
-
-
-def _set_bos_eos(
-    core: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]
-) -> None:
-    """`add_bos_token` and `add_eos_token` of tokenizer_config.json overrule tokenizer.json's
-    post-processor.
-    """
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    template = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    named = [(text, core.token_to_id(text)) for text in (bos, eos) if text]
-    core.post_processor = TemplateProcessing(
-        single=template, pair=[*template, "$B:1"], special_tokens=named
-    )
 
 
 def _eos_ids(

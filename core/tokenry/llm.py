@@ -1,0 +1,294 @@
+"""The offline Python API: a model in this process, prompts in, finished outputs back.
+
+In: prompts or conversations with SamplingParams. Out: `RequestOutput`s in the order of the prompts.
+The same engine and the same messages as the server, without its processes: this thread steps the
+engine until every request is answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tokenry.config import EngineConfig, load
+from tokenry.errors import ConfigError, EngineDead, RequestError
+from tokenry.hub import find_model
+from tokenry.messages import Progress, Ready, Stats, TokensEvent
+from tokenry.outputs import RequestOutput
+from tokenry.params import SamplingParams
+from tokenry.text.outputs import OutputProcessor, Update
+from tokenry.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tokenry.assemble import Assembled
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
+Conversation = Sequence[Mapping[str, Any]]
+
+_ALIASES = {
+    "gpu_memory_utilization": "memory_fraction",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
+    "num_gpu_blocks_override": "num_kv_blocks",
+}
+"""vLLM's names for options that mean exactly what ours do."""
+
+
+class LLM:
+    """A model with an engine around it; a context manager, or `close` it.
+
+    model           directory, hub id, or a name that an installed package provides ("demo").
+    chat_template   file with a Jinja chat template, instead of the tokenizer's.
+    config          the fields of EngineConfig (or vLLM's names for them); a wrong one is a
+                    ConfigError.
+    """
+
+    def __init__(
+        self, model: str, *, chat_template: str | Path | None = None, **config: Any
+    ) -> None:
+        from tokenry.assemble import assemble
+
+        self.config = load(EngineConfig, {"model": str(model), **_own_names(config)})
+        directory = find_model(self.config.model, self.config.revision)
+        source = directory if self.config.tokenizer is None else find_model(self.config.tokenizer)
+        self._tokenizer = Tokenizer.load(source, chat_template_file=chat_template)
+        resolved = dataclasses.replace(self.config, model=str(directory))
+        self._assembled: Assembled | None = assemble(resolved, progress=_ignore)
+        self.ready: Ready = self._assembled.ready
+        self._processor = OutputProcessor(self._tokenizer, max_model_len=self.ready.max_model_len)
+        self._next_id = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """One finished output per prompt, in their order. One SamplingParams for all, or one per
+        prompt.
+
+        Raises RequestError if a prompt cannot be served (then none was started), StepFailed if one
+        failed.
+        """
+        many = _prompts(prompts)
+        encoded = [self._encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(many)]
+        return self._run(encoded, sampling_params, use_tqdm=use_tqdm, priority=priority)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or many: the chat template makes the prompts."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        encoded = []
+        for conversation in conversations:
+            text = self._tokenizer.chat_template.render(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                **(chat_template_kwargs or {}),
+            )
+            encoded.append((text, self._tokenizer.encode(text, add_special_tokens=False)))
+        return self._run(encoded, sampling_params, use_tqdm=use_tqdm, priority=None)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses without sampling_params."""
+        return SamplingParams()
+
+    def get_metrics(self) -> Stats:
+        """The engine's counters and gauges now."""
+        stats: Stats = self._engine.stats()
+        return stats
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prompt beginning; False if running requests hold some."""
+        done: bool = self._engine.reset_prefix_cache()
+        return done
+
+    def close(self) -> None:
+        """End the engine and free the device's memory; a second call does nothing."""
+        assembled, self._assembled = self._assembled, None
+        if assembled is not None:
+            assembled.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _engine(self) -> Any:
+        if self._assembled is None:
+            raise EngineDead("This LLM was closed.", mend="make a new one")
+        return self._assembled.engine
+
+    def _encode(self, prompt: Prompt, where: str) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise RequestError(
+                    f"{where} has the keys {sorted(prompt)}; known: prompt, prompt_token_ids.",
+                    param=where,
+                )
+            if prompt.get("prompt_token_ids") is not None:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            return prompt, self._tokenizer.encode(prompt)
+        return None, list(prompt)  # type: ignore[arg-type]  # a mapping's prompt is Any
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        use_tqdm: bool,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        all_params = _one_each(sampling_params, len(prompts))
+        ranks = list(priority) if priority is not None else [0] * len(prompts)
+        if len(ranks) != len(prompts):
+            raise RequestError(
+                f"{len(ranks)} priorities for {len(prompts)} prompts.", param="priority"
+            )
+        engine = self._engine
+        ids = [str(self._next_id + i) for i in range(len(prompts))]
+        self._next_id += len(prompts)
+        try:
+            commands = []
+            for i, (text, token_ids) in enumerate(prompts):
+                commands += self._processor.add(
+                    ids[i],
+                    token_ids,
+                    all_params[i],
+                    prompt=text,
+                    kind="final",
+                    priority=ranks[i],
+                    param=f"prompts[{i}]",
+                )
+            for command in commands:
+                engine.add(command)
+            return self._finish(ids, use_tqdm=use_tqdm)
+        except BaseException:  # KeyboardInterrupt, too: nothing of this call may run on in the next
+            engine.abort(tuple(child for i in ids for child in self._processor.abort(i)))
+            raise
+
+    def _finish(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        with _Bar(len(ids), shown=use_tqdm) as bar:
+            while len(done) < len(ids):
+                if not self._engine.has_work():
+                    raise EngineDead(
+                        f"The engine has nothing to do, but {len(ids) - len(done)} "
+                        "requests are not answered.",
+                        mend="report this with the configuration",
+                    )
+                for update in self._updates(self._engine.step()):
+                    if update.abort:
+                        self._engine.abort(update.abort)
+                    if update.error is not None:
+                        raise update.error
+                    if update.output is not None:
+                        done[update.request_id] = update.output
+                        bar.finished(update.output)
+        return [done[request_id] for request_id in ids]
+
+    def _updates(self, events: Iterable[object]) -> Iterable[Update]:
+        for event in events:
+            update = self._processor.update(event) if isinstance(event, TokensEvent) else None
+            if update is not None:
+                yield update
+
+
+class _Bar:
+    """Progress of a call on stderr: finished prompts, and tokens per second in and out."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, desc="Prompts", unit=" prompt", disable=not shown)
+        self._start_s = time.monotonic()
+        self._num_in = 0
+        self._num_out = 0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def finished(self, output: RequestOutput) -> None:
+        """Count a finished prompt."""
+        self._num_in += len(output.prompt_token_ids)
+        self._num_out += sum(len(completion.token_ids) for completion in output.outputs)
+        seconds = max(time.monotonic() - self._start_s, 1e-9)
+        self._bar.set_postfix_str(
+            f"in {self._num_in / seconds:.1f} tok/s, out {self._num_out / seconds:.1f} tok/s",
+            refresh=False,
+        )
+        self._bar.update()
+
+
+def _own_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    for name, value in config.items():
+        target = _ALIASES.get(name, name)
+        if target in own:
+            raise ConfigError(
+                f"{name} and {target} are the same option.", mend=f"give only {target}"
+            )
+        own[target] = value
+    return own
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one prompt or several; a list of ints is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    many: list[Any] = list(prompts)
+    return [many] if many and isinstance(many[0], int) else many
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(
+            f"{len(params)} sampling_params for {count} prompts.",
+            param="sampling_params",
+            mend="give one for all, or one per prompt",
+        )
+    return list(params)
+
+
+def _ignore(progress: Progress) -> None:
+    """Offline, the weights' own progress bar is enough."""
