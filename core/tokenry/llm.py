@@ -55,7 +55,9 @@ class LLM:
         self.config = load(EngineConfig, {"model": str(model), **_own_names(config)})
         directory = find_model(self.config.model, self.config.revision)
         source = directory if self.config.tokenizer is None else find_model(self.config.tokenizer)
-        self._tokenizer = Tokenizer.load(source, chat_template_file=chat_template)
+        self._tokenizer = Tokenizer.load(
+            source, model_path=directory, chat_template_file=chat_template
+        )
         resolved = dataclasses.replace(self.config, model=str(directory))
         self._assembled: Assembled | None = assemble(resolved, progress=_ignore)
         self.ready: Ready = self._assembled.ready

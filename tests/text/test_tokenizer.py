@@ -97,6 +97,13 @@ def test_tokenizer_of_another_model_is_refused(demo):
         demo.check_matches(4000)
 
 
+def test_tokenizer_must_match_the_model_beside_it(core_of, save_core, tmp_path):
+    path = save_core(core_of("sentencepiece"), tmp_path / "tokenizer")
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 8}}))
+    with pytest.raises(ModelLoadError, match="does not match"):
+        Tokenizer.load(path, model_path=tmp_path)
+
+
 def test_added_token_beyond_the_vocabulary_is_tolerated(core_of, save_core, tmp_path):
     core = core_of("sentencepiece")
     size = core.get_vocab_size()

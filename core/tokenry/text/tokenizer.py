@@ -75,11 +75,21 @@ class Tokenizer:
         self._texts: dict[int, str] = {}
 
     @classmethod
-    def load(cls, path: str | Path, *, chat_template_file: str | Path | None = None) -> Tokenizer:
-        """The tokenizer of a model's directory; raises ModelLoadError that names the file at
-        fault.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        model_path: str | Path | None = None,
+        chat_template_file: str | Path | None = None,
+    ) -> Tokenizer:
+        """The tokenizer in the directory; raises ModelLoadError that names the file at fault.
+
+        model_path           the model's directory, if it is another: its config.json has the size
+                             of the vocabulary, which the tokenizer must match, and end tokens.
+        chat_template_file   used instead of the tokenizer's own templates.
         """
         path = Path(path)
+        model_path = Path(model_path or path)
         config = _read_json(path / "tokenizer_config.json")
         legacy = _read_json(path / "special_tokens_map.json")
         core = _load_core(path)
@@ -87,21 +97,23 @@ class Tokenizer:
         _add_missing_tokens(core, config, special)
         core.no_truncation()
         core.no_padding()
-        model_config = _read_json(path / "config.json")
-        model_config = {**model_config, **model_config.get("text_config", {})}
+        model_config = _read_json(model_path / "config.json")
+        model_config = {**model_config, **(model_config.get("text_config") or {})}
         limit = config.get("model_max_length")
         vocab_size = model_config.get("vocab_size")
-        return cls(
+        templates = read_templates(path, config, chat_template_file)
+        tokenizer = cls(
             core,
             path=path,
             special_tokens=special,
-            eos_token_ids=_eos_ids(core, path, model_config, special),
+            eos_token_ids=_eos_ids(core, model_path, model_config, special),
             max_len=int(limit) if isinstance(limit, (int, float)) and limit < _UNLIMITED else None,
             model_vocab_size=vocab_size if isinstance(vocab_size, int) else None,
-            chat_template=ChatTemplate(
-                read_templates(path, config, chat_template_file), special_tokens=special
-            ),
+            chat_template=ChatTemplate(templates, special_tokens=special),
         )
+        if tokenizer.model_vocab_size is not None:
+            tokenizer.check_matches(tokenizer.model_vocab_size)
+        return tokenizer
 
     @property
     def bos_token(self) -> str | None:
