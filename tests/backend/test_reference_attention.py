@@ -33,7 +33,7 @@ class Case:
 
 
 def make(case: Case, seed: int = 0):
-    """Batch, q, k, v and a KV layer in which the cached tokens lie and every other slot is garbage."""
+    """Batch, q, k, v and a KV layer with the cached tokens; every other slot is garbage."""
     rng = np.random.default_rng(seed)
     bs, S = case.block_size, max(case.seqs, len(case.rows))
     news = [new for _, new in case.rows]
@@ -78,10 +78,9 @@ def make(case: Case, seed: int = 0):
     return batch, q, k, v, kv.to(case.dtype)
 
 
-def naive(case: Case, batch: StepBatch, q, k, v, kv):
+def naive(case: Case, batch: StepBatch, *tensors):
     """The definition, token by token in float64; padding rows are 0."""
-    kv = kv.double().numpy().copy()
-    q, k, v = (x.double().numpy() for x in (q, k, v))
+    q, k, v, kv = (x.double().numpy().copy() for x in tensors)
     bs, out = case.block_size, np.zeros(q.shape)
     for i in range(batch.bucket.seqs):
         first, n = int(batch.q_start[i]), int(batch.q_lens[i])

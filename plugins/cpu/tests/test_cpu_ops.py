@@ -18,10 +18,10 @@ BLOCK = 32
 
 
 class Cache:
-    """One layer's KV with requests of given lengths in shuffled blocks; all their tokens are known."""
+    """One layer's KV with requests of given lengths in shuffled blocks."""
 
-    def __init__(self, lengths, *, heads=4, kv_heads=2, head_dim=32, seed=0, dtype=torch.float32):
-        rng = np.random.default_rng(seed)
+    def __init__(self, lengths, *, heads=4, kv_heads=2, head_dim=32, seed=0, dtype=None):
+        dtype, rng = dtype or torch.float32, np.random.default_rng(seed)
         self.lengths, self.heads, self.kv_heads, self.head_dim = lengths, heads, kv_heads, head_dim
         counts = [-(-n // BLOCK) for n in lengths]
         self.width = max(counts) + 2
@@ -134,7 +134,7 @@ def test_linear_rows_keep_their_bits_and_agree_with_the_reference(dtype, inner, 
             assert torch.equal(op(x[start : start + rows], packed), full[start : start + rows])
 
 
-def small_ops(x, q, k, positions, table, weight):
+def small_ops(x, weight, *rotated):
     """Everything but attention and linear, row by row."""
     y, total = OPS["rms_norm"](x, weight, 1e-6, x * 2)
     return (
@@ -143,7 +143,7 @@ def small_ops(x, q, k, positions, table, weight):
         OPS["rms_norm"](x, weight, 1e-6),
         OPS["act_mul"](x, "silu"),
         OPS["act_mul"](x, "gelu_tanh"),
-        *OPS["rope"](q, k, positions, table),
+        *OPS["rope"](*rotated),
     )
 
 
@@ -154,11 +154,11 @@ def test_the_small_ops_keep_their_bits_and_agree_with_the_reference(rotary):
     q, k = torch.randn(37, 4, 32), torch.randn(37, 2, 32)
     positions = torch.randint(0, 50, (37,), dtype=torch.int32)
     table = torch.randn(50, 2, rotary // 2)
-    full = small_ops(x, q, k, positions, table, weight)
+    full = small_ops(x, weight, q, k, positions, table)
     for a, b in zip(full[-2:], REFERENCE_OPS["rope"](q, k, positions, table), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     for rows in (slice(0, 1), slice(3, 5), slice(7, 36)):
-        part = small_ops(x[rows], q[rows], k[rows], positions[rows], table, weight)
+        part = small_ops(x[rows], weight, q[rows], k[rows], positions[rows], table)
         for a, b in zip(part, full, strict=True):
             assert torch.equal(a, b[rows])
 

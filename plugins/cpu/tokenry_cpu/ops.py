@@ -239,7 +239,7 @@ def _parts(single: Tensor, kv_layer: Tensor) -> Iterator[Tensor]:
 
 
 def _gather(kv_layer: Tensor, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [S * KH, L, D] in float32, L = length rounded up to CHUNK; table [S, blocks]."""
+    """Keys, values [S * KH, L, D] in float32, L = length up to CHUNK; table [S, blocks]."""
     KH, block_size, D = kv_layer.shape[2:]
     S, blocks = table.shape[0], -(-length // CHUNK) * (CHUNK // block_size)
     table = table[:, :blocks]

@@ -100,7 +100,9 @@ class SimTotal(StaticDevice):
     )
 
     def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:
-        """Per block of the batch: its id, its row (-1: padding), its tokens, its first position."""
+        """For decode, per block of the batch: its id, row (-1: padding), tokens, first position."""
+        if host.bucket.phase != "decode":
+            return {}
         n, bs = host.bucket.kv_blocks, self.block_size
         blocks, bases = np.zeros((2, n), np.int32)
         rows, usage = np.full(n, -1, np.int32), np.zeros(n, np.int32)

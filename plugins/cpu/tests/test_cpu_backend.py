@@ -1,0 +1,138 @@
+"""The CPU as a device: what it finds, what it may use, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenry_cpu
+from tokenry.backend.contract import DeviceRef, KVSpec
+from tokenry.errors import ConfigError, DeviceOOM
+from tokenry_cpu.backend import CpuBackend, CpuOptions, usable_threads
+from tokenry_cpu.memory import cpu_quota, read_memory
+
+GIB = 2**30
+PROC = {
+    "proc/meminfo": f"MemTotal: {16 * 2**20} kB\nMemFree: 1048576 kB\nMemAvailable: {8 * 2**20} kB",
+    "proc/self/status": "Name:\tpython\nVmRSS:\t  2048 kB\n",
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Writes a file tree and gives its root."""
+
+    def write(files):
+        for name, text in {**PROC, **files}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def threads():
+    """Restores torch's thread count."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_without_a_group_memory_is_the_machine(tree):
+    memory = read_memory(tree({}))
+    assert (memory.total, memory.free, memory.used) == (16 * GIB, 8 * GIB, 2048 * 1024)
+
+
+def test_the_tightest_of_nested_version_2_groups_holds(tree):
+    root = tree(
+        {
+            "proc/self/cgroup": "0::/pod/box\n",
+            "sys/fs/cgroup/pod/memory.max": str(4 * GIB),
+            "sys/fs/cgroup/pod/memory.current": str(3 * GIB),
+            "sys/fs/cgroup/pod/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+            "sys/fs/cgroup/pod/box/memory.max": "max",
+            "sys/fs/cgroup/pod/box/memory.current": "1",
+            "sys/fs/cgroup/pod/cpu.max": "150000 100000",
+            "sys/fs/cgroup/pod/box/cpu.max": "max 100000",
+        }
+    )
+    memory = read_memory(root)
+    assert (memory.total, memory.free) == (4 * GIB, 2 * GIB)
+    assert cpu_quota(root) == 1.5
+
+
+def test_version_1_limits_hold_and_no_limit_is_none(tree):
+    root = tree(
+        {
+            "proc/self/cgroup": "5:memory:/job\n4:cpu,cpuacct:/job\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096),
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(GIB),
+            "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(GIB // 2),
+            "sys/fs/cgroup/memory/job/memory.stat": "total_inactive_file 1024\n",
+            "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us": "200000",
+            "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us": "100000",
+        }
+    )
+    memory = read_memory(root)
+    assert (memory.total, memory.free) == (GIB, GIB // 2 + 1024)
+    assert cpu_quota(root) == 2.0
+
+
+def test_a_container_that_sees_its_group_as_the_root_is_limited(tree):
+    root = tree(
+        {
+            "proc/self/cgroup": "0::/system.slice/docker-1.scope\n",
+            "sys/fs/cgroup/memory.max": str(GIB),
+            "sys/fs/cgroup/memory.current": str(2 * GIB),
+        }
+    )
+    memory = read_memory(root)
+    assert (memory.total, memory.free) == (GIB, 0)
+
+
+def test_threads_stay_below_the_quota(tree):
+    root = tree({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000"})
+    assert usable_threads(root) == 1
+
+
+def test_the_probe_names_processor_and_instruction_sets(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: Fast 9000\nflags\t\t: fpu avx2 avx512f amx_tile\n")
+    assert tokenry_cpu.read_cpuinfo(cpuinfo) == ("Fast 9000", ("avx2", "avx512f", "amx_tile"))
+    name, isa = tokenry_cpu.read_cpuinfo(tmp_path / "missing")
+    assert name and isa == ()
+
+
+def test_another_plugins_device_is_not_opened():
+    other = DeviceRef(backend="other", index=0, name="x", score=1)
+    assert tokenry_cpu.tokenry_open(other, {}, (1, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"thread": "2"}, "has no option 'thread'"), ({"threads": "0"}, "threads=0"),
+     ({"threads": "two"}, "threads=two")],
+    ids=["unknown", "zero", "word"],
+)  # fmt: skip
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        CpuOptions.parse(options)
+
+
+def test_threads_are_set_by_the_option(threads):
+    CpuBackend(CpuOptions.parse({"threads": "3"}))
+    assert torch.get_num_threads() == 3
+
+
+def test_kv_is_zeroed_and_too_much_is_refused(threads):
+    backend = CpuBackend(CpuOptions(threads=1))
+    spec = KVSpec(num_layers=2, num_kv_heads=2, head_dim=8, block_size=32, dtype="float32")
+    layers = backend.alloc_kv(spec, 5)
+    assert len(layers) == 2 and not any(layer.any() for layer in layers)
+    assert sum(layer.nbytes for layer in layers) == 5 * spec.block_bytes
+    with pytest.raises(DeviceOOM, match="GiB is free"):
+        backend.alloc_kv(spec, backend.memory().total // spec.block_bytes + 1)
+    assert backend.alloc_kv(spec, 1)
