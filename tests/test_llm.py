@@ -1,4 +1,4 @@
-"""The offline API: a scripted engine for what a real one seldom does, the demo model for all else."""
+"""The offline API: a scripted engine for rare events; the demo model for the rest."""
 
 from __future__ import annotations
 

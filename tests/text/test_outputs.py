@@ -11,6 +11,7 @@ from tokenry.messages import TokensEvent
 from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
 from tokenry.text.outputs import OutputProcessor, tokenize_bad_words
+from tokenry.text.tokenizer import Tokenizer
 
 PROMPT = [10, 11, 12]
 
@@ -255,3 +256,17 @@ def test_bad_words_are_banned_with_and_without_leading_space(processor, tokenize
     texts = {tokenizer.decode(ids) for ids in command.params.bad_words_ids}
     assert texts == {"king", " king"}
     assert tokenize_bad_words(["king"], tokenizer) == command.params.bad_words_ids
+
+
+@pytest.mark.parametrize(("kind", "served"), [("sentencepiece", True), ("wordpiece", False)])
+def test_spaces_between_special_tokens_are_refused_only_where_there_are_some(
+    core_of, save_core, tmp_path, kind, served
+):
+    loaded = Tokenizer.load(save_core(core_of(kind), tmp_path))
+    processor = OutputProcessor(loaded, max_model_len=64)
+    params = SamplingParams(spaces_between_special_tokens=False)
+    if served:
+        assert len(processor.add("r", PROMPT, params)) == 1
+    else:
+        with pytest.raises(RequestError, match="puts spaces"):
+            processor.add("r", PROMPT, params)

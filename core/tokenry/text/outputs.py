@@ -103,6 +103,11 @@ class OutputProcessor:
             vocab_size=self._vocab_size,
             param=param,
         )
+        if not params.spaces_between_special_tokens and self._tokenizer.puts_spaces:
+            raise RequestError(
+                "This tokenizer's decoder puts spaces between all tokens.",
+                param="spaces_between_special_tokens",
+            )
         params = complete_params(params, self._tokenizer, self._max_model_len - len(prompt_ids))
         state = RequestState(
             request_id, tuple(prompt_ids), params, self._tokenizer, prompt=prompt, kind=kind

@@ -65,6 +65,7 @@ class Tokenizer:
         vocab = core.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values(), default=-1)
         self.byte_level = is_byte_level(core)
+        self.puts_spaces = _decoder_types(core) in ([], ["WordPiece"])
         self.byte_ids = {
             i: int(m[1], 16) for t, i in vocab.items() if (m := _BYTE_TOKEN.fullmatch(t))
         }
