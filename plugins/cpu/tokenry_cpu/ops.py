@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tokenry.backend.base import Op, StepBatch
 from tokenry.backend.contract import HostBatch
-from tokenry.backend.reference import ActMul, ReferenceOp, RmsNorm, Rope, activation, route
+from tokenry.backend.reference import ActMul, ReferenceOp, RmsNorm, Rope, Sample, activation, route
 
 CHUNK = 128
 """Keys per partial sum of values, a multiple of every block size."""
@@ -40,7 +40,7 @@ products.
 
 
 def cpu_ops() -> Mapping[str, Op]:
-    """The kernels by name."""
+    """The kernels by name; plain torch is the CPU's own where it already works row by row."""
     return {
         "attention": PagedAttention(),
         "linear": PackedLinear(),
@@ -48,6 +48,7 @@ def cpu_ops() -> Mapping[str, Op]:
         "rope": RowRope(),
         "act_mul": ActMul(),
         "moe": PackedMoe(),
+        "sample": Sample(),
     }
 
 
