@@ -1,9 +1,12 @@
 """Frozen configuration, and the only reader of the environment.
 
-In: flags, a YAML file, TOKENRY_* variables (in this order of precedence), or keyword arguments. Out: `EngineConfig` and
-`ServerConfig`, whole at birth; a wrong name or value is a `ConfigError` that names it. Each field's help text is its
+In: flags, a YAML file, TOKENRY_* variables (in this order of precedence), or keyword arguments.
+Out: `EngineConfig` and
+`ServerConfig`, whole at birth; a wrong name or value is a `ConfigError` that names it. Each field's
+help text is its
 metadata, so the command line, the file, the environment and the reference page are one list.
-Nobody changes a config after `assemble`: what a device needs otherwise is a `Change`, applied once and printed.
+Nobody changes a config after `assemble`: what a device needs otherwise is a `Change`, applied once
+and printed.
 """
 
 from __future__ import annotations
@@ -34,38 +37,52 @@ class EngineConfig:
     """What to load, on what, within which limits."""
 
     model: str = _f("directory, hub id, or a name that an installed package provides ('demo')")
-    tokenizer: str | None = _f("directory or hub id of the tokenizer, if it is not the model's", None)
+    tokenizer: str | None = _f(
+        "directory or hub id of the tokenizer, if it is not the model's", None
+    )
     revision: str | None = _f("hub revision of the model", None)
     trust_remote_code: bool = _f("let transformers run code from the model's repository", False)
     backend: str | None = _f("backend to use; without it the one with the highest score", None)
     device_index: int = _f("which device of the backend", 0)
-    backend_option: tuple[str, ...] = _f("key=value for the backend, may be given more than once", ())
+    backend_option: tuple[str, ...] = _f(
+        "key=value for the backend, may be given more than once", ()
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = _f(
-        "model dtype; auto: the checkpoint's if the backend has it, else the backend's preferred", "auto"
+        "model dtype; auto: the checkpoint's if the backend has it, else the backend's preferred",
+        "auto",
     )
     load_format: Literal["auto", "safetensors", "dummy"] = _f(
         "dummy: random weights of the right shapes, for benchmarks", "auto"
     )
     max_model_len: int | None = _f(
-        "most tokens of a request, prompt and answer; without it the model's own, fitted to memory", None
+        "most tokens of a request, prompt and answer; without it the model's own, fitted to memory",
+        None,
     )
     max_num_seqs: int = _f("most requests in one step", 128)
     max_num_batched_tokens: int = _f("token budget of one step", 2048)
     memory_fraction: float = _f("share of the device's memory that weights and KV may take", 0.9)
-    kv_cache_bytes: int | None = _f("bytes for the KV cache, instead of what memory_fraction leaves", None)
-    num_kv_blocks: int | None = _f("number of KV blocks, instead of what memory allows (for tests)", None)
+    kv_cache_bytes: int | None = _f(
+        "bytes for the KV cache, instead of what memory_fraction leaves", None
+    )
+    num_kv_blocks: int | None = _f(
+        "number of KV blocks, instead of what memory allows (for tests)", None
+    )
     block_size: int | None = _f("tokens per KV block; without it the backend's preferred", None)
     enable_prefix_caching: bool = _f("share the KV of equal prompt beginnings", True)
     enable_chunked_prefill: bool = _f("let a long prompt take several steps", True)
     scheduling_policy: Literal["fcfs", "priority"] = _f("who is first in the queue", "fcfs")
     overlap: bool = _f("plan step N+1 while step N runs", True)
-    enforce_eager: bool = _f("run without captured or compiled programs (not on static devices)", False)
+    enforce_eager: bool = _f(
+        "run without captured or compiled programs (not on static devices)", False
+    )
     warmup: bool = _f("execute every program once before serving", True)
     seed: int = _f("seeds the requests that bring no seed of their own", 0)
 
     def __post_init__(self) -> None:
         _positive(self, "max_num_seqs", "max_num_batched_tokens")
-        _positive(self, "max_model_len", "kv_cache_bytes", "num_kv_blocks", "block_size", optional=True)
+        _positive(
+            self, "max_model_len", "kv_cache_bytes", "num_kv_blocks", "block_size", optional=True
+        )
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(
                 f"memory_fraction is {self.memory_fraction}, it must lie in (0, 1].",
@@ -79,7 +96,10 @@ class EngineConfig:
             )
         for option in self.backend_option:
             if "=" not in option:
-                raise ConfigError(f"--backend-option {option!r} is not key=value.", mend="--backend-option key=value")
+                raise ConfigError(
+                    f"--backend-option {option!r} is not key=value.",
+                    mend="--backend-option key=value",
+                )
 
     @property
     def backend_options(self) -> dict[str, str]:
@@ -93,14 +113,22 @@ class ServerConfig:
 
     host: str = _f("address to listen on", "127.0.0.1")
     port: int = _f("port to listen on, 0 takes a free one", 8000)
-    served_model_name: tuple[str, ...] = _f("name(s) that requests may use; without it the model as given", ())
+    served_model_name: tuple[str, ...] = _f(
+        "name(s) that requests may use; without it the model as given", ()
+    )
     api_key: tuple[str, ...] = _f("key(s) that requests must bring as a bearer token", ())
-    chat_template: str | None = _f("file with a Jinja chat template, instead of the tokenizer's", None)
+    chat_template: str | None = _f(
+        "file with a Jinja chat template, instead of the tokenizer's", None
+    )
     max_body_bytes: int = _f("largest request body", 32 * 2**20)
-    max_waiting: int = _f("requests that may wait for the engine; one more is answered with 503", 4096)
+    max_waiting: int = _f(
+        "requests that may wait for the engine; one more is answered with 503", 4096
+    )
     keep_alive_s: float = _f("seconds of silence after which a stream carries a comment line", 15.0)
     drain_timeout_s: float = _f("seconds that running requests get at shutdown", 30.0)
-    strict_params: bool = _f("answer unknown request fields with 400 (otherwise a header names them)", False)
+    strict_params: bool = _f(
+        "answer unknown request fields with 400 (otherwise a header names them)", False
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _f("how much is logged", "info")
     log_prompts: bool = _f("log prompt text (off: only ids and counts)", False)
 
@@ -111,7 +139,9 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A value that the core or a backend had to set otherwise than configured; printed once at start."""
+    """A value that the core or a backend had to set otherwise than configured; printed once at
+    start.
+    """
 
     field: str
     value: Any
@@ -128,8 +158,12 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser, cls: type[C], *, skip: Sequence[str] = ()) -> None:
-    """One flag per field of `cls`, none with a default: absent flags leave room for file and environment."""
+def add_arguments(
+    parser: argparse.ArgumentParser, cls: type[C], *, skip: Sequence[str] = ()
+) -> None:
+    """One flag per field of `cls`, none with a default: absent flags leave room for file and
+    environment.
+    """
     group = parser.add_argument_group(f"{cls.__name__.removesuffix('Config').lower()} options")
     for f in dataclasses.fields(cls):
         if f.name in skip:
@@ -154,7 +188,8 @@ def load(
     file: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> C:
-    """Config from what was given (flags, keywords), then the YAML file, then TOKENRY_* variables, then defaults.
+    """Config from what was given (flags, keywords), then the YAML file, then TOKENRY_* variables,
+    then defaults.
 
     Raises ConfigError that names the flag, the file's key or the variable.
     """
@@ -186,7 +221,9 @@ def load(
 
 
 def check_file_keys(file: str) -> None:
-    """Every key of the YAML file belongs to some config; raises ConfigError with the nearest name otherwise."""
+    """Every key of the YAML file belongs to some config; raises ConfigError with the nearest name
+    otherwise.
+    """
     known = {f.name for c in (EngineConfig, ServerConfig) for f in dataclasses.fields(c)}
     for key in _read_file(file):
         if key.replace("-", "_") not in known:
@@ -197,7 +234,9 @@ def check_file_keys(file: str) -> None:
 
 
 def environment(name: str, default: str = "") -> str:
-    """One variable of the environment, for the few facts that are not options (colours, debug switches)."""
+    """One variable of the environment, for the few facts that are not options (colours, debug
+    switches).
+    """
     return os.environ.get(name, default)
 
 
@@ -260,13 +299,22 @@ def _to_bool(value: Any) -> bool:
 
 
 def _to_int(value: Any) -> int:
-    """An int; also "128k" and "4GiB" (k, m, g: powers of 1,000; ki, mi, gi: powers of 1,024; a final b is ignored)."""
+    """An int; also "128k" and "4GiB" (k, m, g: powers of 1,000; ki, mi, gi: powers of 1,024; a
+    final b is ignored).
+    """
     if isinstance(value, bool):
         raise ValueError(value)
     if isinstance(value, int):
         return value
     text = str(value).strip().lower().replace("_", "").removesuffix("b")
-    for suffix, power in (("ki", 2**10), ("mi", 2**20), ("gi", 2**30), ("k", 10**3), ("m", 10**6), ("g", 10**9)):
+    for suffix, power in (
+        ("ki", 2**10),
+        ("mi", 2**20),
+        ("gi", 2**30),
+        ("k", 10**3),
+        ("m", 10**6),
+        ("g", 10**9),
+    ):
         if text.endswith(suffix):
             return int(float(text.removesuffix(suffix)) * power)
     return int(text)
@@ -284,7 +332,9 @@ def _read_file(file: str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{file} holds a {type(data).__name__}, not a mapping of option names to values.")
+        raise ConfigError(
+            f"{file} holds a {type(data).__name__}, not a mapping of option names to values."
+        )
     return data
 
 
@@ -292,4 +342,6 @@ def _positive(config: Any, *names: str, optional: bool = False) -> None:
     for name in names:
         value = getattr(config, name)
         if (value is None and not optional) or (value is not None and value < 1):
-            raise ConfigError(f"{name} is {value}, it must be at least 1.", mend=f"{flag_of(name)} N")
+            raise ConfigError(
+                f"{name} is {value}, it must be at least 1.", mend=f"{flag_of(name)} N"
+            )

@@ -1,7 +1,9 @@
 """Every error that tokenry raises on purpose, each with its mend.
 
-In: facts (numbers, names, paths). Out: exceptions whose text says what happened, where, and what to do about it.
-Knows no other room, so every room may import it. An error that reaches an HTTP client carries the status, type,
+In: facts (numbers, names, paths). Out: exceptions whose text says what happened, where, and what to
+do about it.
+Knows no other room, so every room may import it. An error that reaches an HTTP client carries the
+status, type,
 parameter and code of OpenAI's error object; an error at start carries an exit code.
 """
 
@@ -12,7 +14,8 @@ class TokenryError(Exception):
     """What happened, and how to mend it.
 
     message   one or two sentences with the numbers in them.
-    mend      what the reader can do, as a flag, command or sentence; None where nothing can be done.
+    mend      what the reader can do, as a flag, command or sentence; None where nothing can be
+              done.
     """
 
     status = 500
@@ -28,7 +31,7 @@ class TokenryError(Exception):
         return self.message if self.mend is None else f"{self.message}\n  mend: {self.mend}"
 
 
-# ---- a request is at fault: answered to its sender, 4xx ---------------------------------------------
+# ---- a request is at fault: answered to its sender, 4xx --------------------------------------
 
 
 class RequestError(TokenryError):
@@ -56,7 +59,9 @@ class ContextLengthExceeded(RequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, *, max_model_len: int, num_prompt_tokens: int, param: str = "messages") -> None:
+    def __init__(
+        self, *, max_model_len: int, num_prompt_tokens: int, param: str = "messages"
+    ) -> None:
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
             f"{num_prompt_tokens} tokens, and at least one more is needed for the answer.",
@@ -85,7 +90,7 @@ class Overloaded(TokenryError):
     code = "overloaded"
 
 
-# ---- the start fails: the command line prints it and exits ---------------------------------------------
+# ---- the start fails: the command line prints it and exits -----------------------------------
 
 
 class ConfigError(TokenryError):
@@ -112,7 +117,7 @@ class KVCacheTooSmall(TokenryError):
     """Model fits, but not one request's KV cache beside it; the text has the figures."""
 
 
-# ---- a device says no (raised by backends, see backend/contract.py) ---------------------------------------
+# ---- a device says no (raised by backends, see backend/contract.py) --------------------------
 
 
 class DeviceOOM(TokenryError):
@@ -124,10 +129,12 @@ class Unsupported(TokenryError):
 
 
 class UncoveredShape(TokenryError):
-    """A static device met a batch that no warmed bucket covers: an error of ours, never a silent compile."""
+    """A static device met a batch that no warmed bucket covers: an error of ours, never a silent
+    compile.
+    """
 
 
-# ---- the engine fails ----------------------------------------------------------------------------------------
+# ---- the engine fails ------------------------------------------------------------------------
 
 
 class EngineDead(TokenryError):

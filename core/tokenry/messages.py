@@ -1,6 +1,8 @@
-"""What crosses between a front (HTTP process, AsyncEngine, LLM) and the engine: msgspec structs, msgpack on the wire.
+"""What crosses between a front (HTTP process, AsyncEngine, LLM) and the engine: msgspec structs,
+msgpack on the wire.
 
-In one direction commands, in the other events. In one process the same structs are passed as they are, so offline
+In one direction commands, in the other events. In one process the same structs are passed as they
+are, so offline
 and served requests take one path. Knows no room.
 """
 
@@ -34,13 +36,17 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defa
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
-    """Forget these requests now; unknown ids are ignored. No event answers an abort that the front asked for."""
+    """Forget these requests now; unknown ids are ignored. No event answers an abort that the front
+    asked for.
+    """
 
     request_ids: tuple[str, ...]
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, tag="query"):
-    """Ask for one of: stats, reset_prefix_cache, check_integrity. Answered by a `Reply` with the same id."""
+    """Ask for one of: stats, reset_prefix_cache, check_integrity. Answered by a `Reply` with the
+    same id.
+    """
 
     query_id: int
     what: Literal["stats", "reset_prefix_cache", "check_integrity"]
@@ -75,7 +81,9 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
-    """A sample of the engine's counters and gauges (names follow vLLM's metrics); sent at most once a second."""
+    """A sample of the engine's counters and gauges (names follow vLLM's metrics); sent at most once
+    a second.
+    """
 
     num_running: int = 0
     num_waiting: int = 0

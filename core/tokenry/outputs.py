@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:
-    """One token's log-probability at a position; rank 1 is the most likely; decoded_token is its text alone."""
+    """One token's log-probability at a position; rank 1 is the most likely; decoded_token is its
+    text alone.
+    """
 
     logprob: float
     rank: int | None = None
@@ -43,7 +45,9 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-    """Seconds on the monotonic clock of the process that made the request; None until it happened."""
+    """Seconds on the monotonic clock of the process that made the request; None until it
+    happened.
+    """
 
     arrival_s: float
     first_token_s: float | None = None

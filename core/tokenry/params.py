@@ -1,6 +1,8 @@
-"""How one request wants its tokens drawn, and when it ends: names and defaults as users of vLLM know them.
+"""How one request wants its tokens drawn, and when it ends: names and defaults as users of vLLM
+know them.
 
-In: keyword arguments from Python or decoded JSON. Out: a frozen, validated struct that crosses processes as msgpack.
+In: keyword arguments from Python or decoded JSON. Out: a frozen, validated struct that crosses
+processes as msgpack.
 Every field that cannot be served is an error that names the field; nothing is dropped in silence.
 """
 
@@ -22,16 +24,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     n                    completions of the prompt; completion i draws from seed + i.
     temperature          0 is greedy.   top_k 0 or -1, top_p 1 and min_p 0 switch their filter off.
-    presence_penalty, frequency_penalty   subtracted once / per occurrence in the output; repetition_penalty divides
-                         the logits of tokens that prompt or output hold (multiplies negative ones), as transformers.
-    seed                 same seed, same text, whatever else is in the batch; None: drawn by the engine.
-    stop                 strings that end the text (not part of it unless include_stop_str_in_output).
-    stop_token_ids       token ids that end it, besides the model's own; ignore_eos switches the model's own off.
-    bad_words            strings that must not appear.   bad_words_ids: the same, tokenized (filled by the front).
-    allowed_token_ids    only these may be drawn.   logit_bias: token id -> added to its logit, -100..100.
-    max_tokens           None: up to the context's end.   min_tokens: no end (EOS, stop token) before these.
-    logprobs             alternatives to report per output token, None: none.   prompt_logprobs: for the prompt.
-    logits_processor     name of a registered processor (`Hooks` of the sampler), with `extra_args` as its arguments.
+    presence_penalty, frequency_penalty   subtracted once / per occurrence in the output;
+                                          repetition_penalty divides
+                         the logits of tokens that prompt or output hold (multiplies negative ones),
+                         as transformers.
+    seed                 same seed, same text, whatever else is in the batch; None: drawn by the
+                         engine.
+    stop                 strings that end the text (not part of it unless
+                         include_stop_str_in_output).
+    stop_token_ids       token ids that end it, besides the model's own; ignore_eos switches the
+                         model's own off.
+    bad_words            strings that must not appear.   bad_words_ids: the same, tokenized (filled
+                         by the front).
+    allowed_token_ids    only these may be drawn.   logit_bias: token id -> added to its logit,
+                         -100..100.
+    max_tokens           None: up to the context's end.   min_tokens: no end (EOS, stop token)
+                         before these.
+    logprobs             alternatives to report per output token, None: none.   prompt_logprobs: for
+                         the prompt.
+    logits_processor     name of a registered processor (`Hooks` of the sampler), with `extra_args`
+                         as its arguments.
     """
 
     n: int = 1
@@ -79,9 +91,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def needs_history(self) -> bool:
-        """The next draw depends on tokens that the host must know first, so the request waits for its last token."""
+        """The next draw depends on tokens that the host must know first, so the request waits for
+        its last token.
+        """
         return bool(self.bad_words_ids or self.logits_processor) or (
-            self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
         )
 
     def _check(self) -> None:
@@ -115,9 +131,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _range(f"logit_bias.{token}", bias, -100, 100)
 
 
-def _range(
-    name: str, value: float, low: float, high: float, *, open_low: bool = False
-) -> None:
+def _range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
     if bad or value < low or value > high or (open_low and value == low):
         bracket = "(" if open_low else "["

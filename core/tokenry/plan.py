@@ -1,10 +1,15 @@
-"""StepPlan and StepResult: the only things that cross between engine/ (who runs) and runner/ (how it runs).
+"""StepPlan and StepResult: the only things that cross between engine/ (who runs) and runner/ (how
+it runs).
 
-In one direction the plan of a step: which requests, how many tokens each, in which blocks. In the other its outcome:
-the sampled tokens. Plain Python data, so that the scheduler can be simulated at any scale without a tensor.
+In one direction the plan of a step: which requests, how many tokens each, in which blocks. In the
+other its outcome:
+the sampled tokens. Plain Python data, so that the scheduler can be simulated at any scale without a
+tensor.
 
-The runner keeps a request's tokens, blocks and sampling parameters from the plan that introduces it (`new`) until
-the plan that forgets it (`forget`); every other plan carries differences only. A preempted request is forgotten and
+The runner keeps a request's tokens, blocks and sampling parameters from the plan that introduces it
+(`new`) until
+the plan that forgets it (`forget`); every other plan carries differences only. A preempted request
+is forgotten and
 later introduced again with all of its tokens.
 """
 
@@ -22,7 +27,8 @@ class NewRequest:
     """A request that the runner has not seen (or has forgotten).
 
     token_ids    prompt and, after a preemption, the output so far.
-    num_prompt   how many of them are prompt: penalties and prompt log-probabilities need the border.
+    num_prompt   how many of them are prompt: penalties and prompt log-probabilities need the
+                 border.
     block_ids    blocks held before this step's row adds its own (prefix-cache hits).
     seed         the request's own random stream; with the output position it fixes every draw.
     """
@@ -52,7 +58,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step. A token that the engine does not know yet (sampled by the step still in flight) is simply the
+    """One step. A token that the engine does not know yet (sampled by the step still in flight) is
+    simply the
     request's next one: the runner takes it from the device."""
 
     step: int
@@ -68,7 +75,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: the chosen (or prompt) token first, then the most likely ones in order.
+    """Log-probabilities at one position: the chosen (or prompt) token first, then the most likely
+    ones in order.
 
     rank   1 for the most likely token of the vocabulary, counted for the chosen token.
     """
@@ -80,9 +88,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowResult:
-    """What a row gave: a sampled token if it had `sample` (more with speculation), log-probabilities if asked.
+    """What a row gave: a sampled token if it had `sample` (more with speculation), log-
+    probabilities if asked.
 
-    prompt_logprobs   for the positions of this row that are prompt: entry i is about token num_computed + i + 1.
+    prompt_logprobs   for the positions of this row that are prompt: entry i is about token
+                      num_computed + i + 1.
     error             the row could not be computed (NaN logits): the request fails with this text.
     """
 
@@ -105,8 +115,10 @@ class StepRunner(Protocol):
     """What the engine needs of a runner."""
 
     def run(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Launch the step; the returned function waits for its outcome. Steps are run in the order of their plans.
+        """Launch the step; the returned function waits for its outcome. Steps are run in the order
+        of their plans.
 
-        An exception from either call fails the requests of the plan; the runner has forgotten nothing but them.
+        An exception from either call fails the requests of the plan; the runner has forgotten
+        nothing but them.
         """
         ...

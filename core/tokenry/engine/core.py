@@ -1,0 +1,135 @@
+"""The loop that joins scheduler and runner: one call is one step.
+
+In: AddRequest, abort ids. Out: events. With overlap, the plan of step N+1 is made while step N runs
+on the worker
+thread; without, a step is launched and waited for where it stands. Knows nothing of tensors, text
+or processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from tokenry.engine.limits import EngineLimits
+from tokenry.engine.scheduler import Scheduler
+from tokenry.errors import RequestError, TokenryError
+from tokenry.messages import AddRequest, Stats, TokensEvent
+from tokenry.plan import StepPlan, StepResult, StepRunner
+
+log = logging.getLogger(__name__)
+Waiter = Callable[[], StepResult]
+
+
+class EngineCore:
+    """Owns the scheduler and the steps in flight. Not thread-safe: one thread calls it."""
+
+    def __init__(self, limits: EngineLimits, runner: StepRunner) -> None:
+        self.limits = limits
+        self._scheduler = Scheduler(limits)
+        self._runner = runner
+        self._in_flight: deque[tuple[StepPlan, Future[Waiter]]] = deque()
+        self._refused: list[TokensEvent] = []
+        self._worker = ThreadPoolExecutor(1, "tokenry-step") if limits.overlap else None
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request; one that can never run is answered with an error event of the next
+        step.
+        """
+        try:
+            self._scheduler.add(message)
+        except RequestError as error:
+            self._refused.append(
+                TokensEvent(request_id=message.request_id, finish_reason="error", error=str(error))
+            )
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End these requests without an event; unknown ids are ignored."""
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+
+    def step(self) -> list[TokensEvent]:
+        """Plan and launch one step, take in the oldest one that is due; [] is no sign that the work
+        is done.
+        """
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            self._in_flight.append((plan, self._launch(plan)))
+        depth = 1 if self._worker is not None and plan is not None else 0
+        if len(self._in_flight) > depth:
+            self._finish_oldest()
+        events = self._refused + self._scheduler.take_events()
+        self._refused = []
+        return events
+
+    def has_work(self) -> bool:
+        """Whether a step would do, or owes, something."""
+        s = self._scheduler
+        return bool(self._in_flight or self._refused or s.num_running or s.num_waiting)
+
+    def stats(self) -> Stats:
+        """Counters and gauges of the scheduler (of the runner: see `assemble`)."""
+        s, c = self._scheduler, self._scheduler.counters
+        return Stats(
+            num_running=s.num_running,
+            num_waiting=s.num_waiting,
+            kv_usage=s.blocks.num_held / max(1, s.blocks.num_usable),
+            num_blocks=s.blocks.num_blocks,
+            num_preemptions=c.preemptions,
+            prefix_cache_queries=c.prefix_queries,
+            prefix_cache_hits=c.prefix_hits,
+            prompt_tokens=c.prompt_tokens,
+            generation_tokens=c.generation_tokens,
+            steps=c.steps,
+            step_failures=c.step_failures,
+            num_requests_aborted=c.aborted,
+        )
+
+    def kv_waste(self) -> float:
+        """Share of the held KV slots that hold no token."""
+        return self._scheduler.kv_waste()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the KV of earlier requests."""
+        self._scheduler.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Raises if blocks and requests do not agree."""
+        self._scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Wait for the steps in flight and stop the worker thread."""
+        while self._in_flight:
+            self._finish_oldest()
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    def _launch(self, plan: StepPlan) -> Future[Waiter]:
+        if self._worker is not None:
+            return self._worker.submit(self._runner.run, plan)
+        future: Future[Waiter] = Future()
+        try:
+            future.set_result(self._runner.run(plan))
+        except Exception as error:  # whatever a step raises belongs to its requests: _finish_oldest
+            future.set_exception(error)
+        return future
+
+    def _finish_oldest(self) -> None:
+        plan, future = self._in_flight.popleft()
+        try:
+            result = future.result()()
+        except (
+            Exception
+        ) as error:  # no request may end the engine: the cause goes to the step's requests
+            log.error("step %d failed:\n%s", plan.step, "".join(traceback.format_exception(error)))
+            cause = (
+                str(error)
+                if isinstance(error, TokenryError)
+                else f"{type(error).__name__}: {error}"
+            )
+            self._scheduler.fail(plan, f"The step failed: {cause}")
+        else:
+            self._scheduler.update(plan, result)

@@ -1,0 +1,36 @@
+"""What the engine may hand out, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What the engine may hand out."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    overlap: bool = True
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start; owned by Scheduler."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    aborted: int = 0
+    steps: int = 0
+    step_failures: int = 0

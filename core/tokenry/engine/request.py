@@ -1,0 +1,109 @@
+"""One request as the engine sees it: its tokens, its blocks, how far it is, and the times of its
+life.
+
+Owned by Scheduler: nobody else writes it. Knows nothing of text, tensors or HTTP.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from tokenry.messages import AddRequest
+from tokenry.params import SamplingParams
+from tokenry.plan import TokenLogprobs
+
+
+class Status(enum.Enum):
+    """Where a request is: in the queue (new or preempted), in the running list, or done with."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Owned by Scheduler.
+
+    tokens         prompt and known output.
+    num_computed   tokens whose KV is computed, or will be when the steps in flight have run.
+    num_pending    1 while a sampled token is in flight: it exists, but nobody here knows it yet.
+    key            place in the queue and in the running list: the smallest goes first.
+    block_ids      blocks held, in the order of the tokens.
+    block_hashes   chained hashes of the full blocks that are entered in the prefix cache, or came
+                   from it.
+    epoch          counts preemptions, so that a result of an older life does not touch a newer
+                   one's blocks.
+    """
+
+    request_id: str
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    eos_ids: frozenset[int]
+    seed: int
+    key: tuple[int, int]
+    priority: int
+    cache_salt: str
+    lora_name: str | None
+    max_len: int
+    queued_s: float
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    num_pending: int = 0
+    num_cached: int = 0
+    epoch: int = 0
+    scheduled_s: float = 0.0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs_sent: bool = False
+
+    @classmethod
+    def from_message(
+        cls,
+        message: AddRequest,
+        *,
+        key: tuple[int, int],
+        seed: int,
+        max_model_len: int,
+        now_s: float,
+    ) -> Request:
+        """A waiting request. max_len is where it must end, prompt and output together."""
+        params = message.params
+        room = params.max_tokens if params.max_tokens is not None else max_model_len
+        eos = () if params.ignore_eos else message.eos_token_ids
+        return cls(
+            request_id=message.request_id,
+            tokens=list(message.token_ids),
+            num_prompt=len(message.token_ids),
+            params=params,
+            stop_ids=frozenset(params.stop_token_ids),
+            eos_ids=frozenset(eos),
+            seed=seed if params.seed is None else params.seed,
+            key=key,
+            priority=message.priority,
+            cache_salt=message.cache_salt,
+            lora_name=message.lora_name,
+            max_len=min(max_model_len, len(message.token_ids) + room),
+            queued_s=now_s,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens and the one in flight."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_output(self) -> int:
+        """Known output tokens."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Prompt log-probabilities are wanted and not delivered, so every prompt token must be
+        computed.
+        """
+        return self.params.prompt_logprobs is not None and not self.prompt_logprobs_sent

@@ -1,0 +1,466 @@
+"""Which requests run this step, and with how many tokens.
+
+In: add(request), abort(id), update(plan, result). Out: schedule() -> StepPlan, events. Owns request
+status; asks
+BlockManager for room. Knows nothing of tensors, devices or text. Every request has num_computed <=
+num_tokens; a step
+narrows the gap within one token budget, so prefill, chunked prefill, decode and resumption are one
+case.
+
+Steps run in the order of their plans, and a plan may be made while the step before it is in flight.
+Therefore:
+- a sampled token in flight counts as a token (num_pending): its KV is planned before anybody here
+  knows its id;
+- blocks may be released while a step in flight still uses them: whoever gets them next uses them in
+  a later step;
+- a block is entered in the prefix cache only when the result of the step that filled it is here, so
+  a step that
+  failed leaves nothing to be found.
+
+Order: the smallest key first. Under `fcfs` the key is the arrival; under `priority` it is priority
+* AGING_STEPS +
+the step of arrival: a request of priority p waits like one that arrived p * AGING_STEPS steps
+later, so an endless
+stream of more urgent requests delays it by a bounded number of steps and never starves it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import time
+from dataclasses import dataclass
+
+from tokenry.engine.block_manager import BlockManager, block_hash, root_hash
+from tokenry.engine.limits import Counters, EngineLimits
+from tokenry.engine.request import Request, Status
+from tokenry.errors import RequestError
+from tokenry.messages import AddRequest, FinishReason, TokensEvent
+from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult
+
+AGING_STEPS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A row in flight: whose it is, and in which of its lives."""
+
+    request: Request
+    row: Row
+    epoch: int
+
+
+class Scheduler:
+    """Owns every request and the block manager."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(
+            limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching
+        )
+        self.counters = Counters()
+        self._requests: dict[str, Request] = {}
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._num_waiting = 0
+        self._running: list[Request] = []
+        self._in_flight: dict[int, tuple[_Planned, ...]] = {}
+        self._forget: list[str] = []
+        self._events: list[TokensEvent] = []
+        self._arrivals = 0
+
+    # ---- what comes in -----------------------------------------------------------------------
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request. Raises RequestError for one that can never run."""
+        limits = self.limits
+        num_prompt = len(message.token_ids)
+        if message.request_id in self._requests:
+            raise RequestError(f"Request id {message.request_id!r} is in use.", param="request_id")
+        if num_prompt == 0:
+            raise RequestError("The prompt has no tokens.", param="prompt")
+        if num_prompt + (message.params.max_tokens != 0) > limits.max_model_len:
+            raise RequestError(
+                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt has "
+                f"{num_prompt} tokens.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if not limits.chunked_prefill and num_prompt > limits.max_num_batched_tokens:
+            raise RequestError(
+                f"The prompt has {num_prompt} tokens, a step has {limits.max_num_batched_tokens}, and chunked "
+                "prefill is off.",
+                param="prompt",
+                mend=f"--max-num-batched-tokens {num_prompt}, or --enable-chunked-prefill",
+            )
+        self._arrivals += 1
+        urgency = (
+            message.priority * AGING_STEPS + self.counters.steps
+            if limits.policy == "priority"
+            else 0
+        )
+        request = Request.from_message(
+            message,
+            key=(urgency, self._arrivals),
+            seed=(limits.seed << 32) ^ self._arrivals,
+            max_model_len=limits.max_model_len,
+            now_s=time.monotonic(),
+        )
+        self._requests[request.request_id] = request
+        self.counters.prompt_tokens += num_prompt
+        self._queue(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now, without an event; whether there was one."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self.counters.aborted += 1
+        self._end(request)
+        return True
+
+    def reset_prefix_cache(self) -> None:
+        """Forget which blocks hold what; running requests go on."""
+        self.blocks.reset_prefix_cache()
+        for request in self._running:
+            request.block_hashes = []
+
+    # ---- a step ------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if nothing can run before a step in flight has ended (or nothing
+        is there).
+        """
+        planned: list[_Planned] = []
+        budget, preempted = self._plan_running(planned, self.limits.max_num_batched_tokens)
+        new: list[NewRequest] = []
+        if not preempted:
+            self._plan_waiting(planned, new, budget)
+        if not planned:
+            return None
+        self.counters.steps += 1
+        plan = StepPlan(
+            step=self.counters.steps,
+            new=tuple(new),
+            rows=tuple(p.row for p in planned),
+            forget=tuple(self._forget),
+        )
+        self._forget.clear()
+        self._in_flight[plan.step] = tuple(planned)
+        return plan
+
+    def _plan_running(self, planned: list[_Planned], budget: int) -> tuple[int, bool]:
+        """Rows for the running list, in its order; gives what is left of the budget, and if one was
+        preempted.
+        """
+        preempted = False
+        i = 0
+        while i < len(self._running) and budget > 0:
+            request = self._running[i]
+            num_new = min(self._gap(request), budget)
+            if num_new <= 0:
+                i += 1
+                continue
+            block_ids = self._grow(request, num_new)
+            while block_ids is None and self._running[-1] is not request:
+                self._preempt(self._running[-1])
+                preempted = True
+                block_ids = self._grow(request, num_new)
+            if block_ids is None:
+                # nobody is less urgent: it gives up its own blocks, or nobody else holds any and it
+                # can never go on
+                if len(self._running) == 1:
+                    self._fail(request, self._too_large(request, request.num_computed + num_new))
+                else:
+                    self._preempt(request)
+                preempted = True
+                break
+            self._plan_row(planned, request, num_new, block_ids)
+            budget -= num_new
+            i += 1
+        return budget, preempted
+
+    def _plan_waiting(self, planned: list[_Planned], new: list[NewRequest], budget: int) -> None:
+        """Admit from the queue while sequences, tokens and blocks last; nobody overtakes."""
+        reserved = sum(
+            max(0, self.blocks.num_blocks_for(len(r.tokens)) - len(r.block_ids))
+            for r in self._running
+        )
+        while budget > 0 and self._waiting and len(self._running) < self.limits.max_num_seqs:
+            request = self._waiting[0][1]
+            if request.status is not Status.WAITING:
+                heapq.heappop(self._waiting)
+                continue
+            if request.num_pending:
+                break  # preempted with a token in flight: the runner must be told all tokens
+            needed = self.blocks.num_blocks_for(len(request.tokens))
+            if needed > self.blocks.num_usable:
+                self._fail(request, self._too_large(request, len(request.tokens)))
+                continue
+            prefix, hashes = self._find_prefix(request)
+            num_cached = len(prefix) * self.limits.block_size
+            num_new = len(request.tokens) - num_cached
+            if num_new > budget and not self.limits.chunked_prefill and planned:
+                break
+            if self.blocks.num_takable_after(prefix) - reserved < needed - len(prefix):
+                break
+            num_new = min(num_new, budget)
+            self._admit(request, prefix, hashes, num_cached)
+            block_ids = self._grow(request, num_new)
+            assert block_ids is not None, "room was checked"
+            reserved += needed - len(request.block_ids)
+            new.append(
+                NewRequest(
+                    request_id=request.request_id,
+                    token_ids=tuple(request.tokens),
+                    num_prompt=request.num_prompt,
+                    params=request.params,
+                    seed=request.seed,
+                    block_ids=tuple(prefix),
+                )
+            )
+            self._plan_row(planned, request, num_new, block_ids)
+            budget -= num_new
+
+    def _gap(self, request: Request) -> int:
+        """Tokens that the request could compute now."""
+        if request.num_pending and (
+            request.params.needs_history or request.num_tokens >= request.max_len
+        ):
+            return 0  # its next step needs a token that is in flight, or that token is its last
+        return request.num_tokens - request.num_computed
+
+    def _grow(self, request: Request, num_new: int) -> tuple[int, ...] | None:
+        """Blocks for num_new more tokens, None if there are not enough."""
+        needed = self.blocks.num_blocks_for(request.num_computed + num_new) - len(request.block_ids)
+        if needed <= 0:
+            return ()
+        block_ids = self.blocks.allocate(needed)
+        if block_ids is not None:
+            request.block_ids.extend(block_ids)
+        return block_ids
+
+    def _plan_row(
+        self, planned: list[_Planned], request: Request, num_new: int, block_ids: tuple[int, ...]
+    ) -> None:
+        reaches_end = request.num_computed + num_new == request.num_tokens
+        sample = reaches_end and request.max_len > request.num_prompt
+        row = Row(
+            request_id=request.request_id,
+            num_computed=request.num_computed,
+            num_new=num_new,
+            new_block_ids=block_ids,
+            sample=sample,
+        )
+        request.num_computed += num_new
+        request.num_pending = int(sample)
+        planned.append(_Planned(request, row, request.epoch))
+
+    # ---- admission, preemption, end ----------------------------------------------------------
+
+    def _queue(self, request: Request) -> None:
+        request.status = Status.WAITING
+        self._num_waiting += 1
+        heapq.heappush(self._waiting, (request.key, request))
+
+    def _find_prefix(self, request: Request) -> tuple[list[int], list[bytes]]:
+        if request.scores_prompt:
+            return [], []
+        root = root_hash(request.cache_salt, request.lora_name)
+        most = (
+            len(request.tokens) - 1
+        ) // self.limits.block_size  # the last token is always computed
+        return self.blocks.find_prefix(root, request.tokens, most)
+
+    def _admit(
+        self, request: Request, prefix: list[int], hashes: list[bytes], num_cached: int
+    ) -> None:
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1
+        self.blocks.hold(prefix)
+        request.block_ids = list(prefix)
+        request.block_hashes = hashes
+        request.num_computed = num_cached
+        request.status = Status.RUNNING
+        bisect.insort(self._running, request, key=lambda r: r.key)
+        if not request.scheduled_s:
+            request.scheduled_s = time.monotonic()
+            request.num_cached = min(num_cached, request.num_prompt)
+            self.counters.prefix_queries += len(request.tokens)
+            self.counters.prefix_hits += num_cached
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue without its blocks; its tokens (one of them perhaps in flight) stay."""
+        self.counters.preemptions += 1
+        self._drop_blocks(request)
+        request.num_computed = 0
+        request.epoch += 1
+        if not request.prompt_logprobs_sent:
+            request.prompt_logprobs.clear()
+        self._queue(request)
+
+    def _end(self, request: Request) -> None:
+        if request.status is Status.RUNNING:
+            self._drop_blocks(request)
+        else:
+            self._num_waiting -= 1
+        request.status = Status.ENDED
+        del self._requests[request.request_id]
+
+    def _drop_blocks(self, request: Request) -> None:
+        self._running.remove(request)
+        self.blocks.release(request.block_ids)
+        request.block_ids = []
+        request.block_hashes = []
+        self._forget.append(request.request_id)
+
+    def _fail(self, request: Request, error: str) -> None:
+        self._end(request)
+        self._emit(request, finish_reason="error", error=error)
+
+    def _too_large(self, request: Request, num_tokens: int) -> str:
+        blocks, size = self.blocks, self.limits.block_size
+        return (
+            f"The request needs {blocks.num_blocks_for(num_tokens)} KV blocks of {size} tokens for its "
+            f"{num_tokens} tokens, the KV cache has {blocks.num_usable}.\n"
+            "  mend: a lower --max-model-len, or more memory for the KV cache (--memory-fraction)"
+        )
+
+    # ---- what a step gave --------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in the result of a step: tokens, ends, blocks for the prefix cache."""
+        planned_rows = self._in_flight.pop(plan.step)
+        sampled_again = {
+            id(p.request)
+            for later in self._in_flight.values()
+            for p in later
+            if p.row.sample and p.epoch == p.request.epoch
+        }
+        for planned, row in zip(planned_rows, result.rows, strict=True):
+            request = planned.request
+            if request.status is Status.ENDED:
+                continue
+            if row.error is not None:
+                self._fail(request, row.error)
+                continue
+            if planned.row.sample:
+                request.num_pending = int(id(request) in sampled_again)
+            if request.scores_prompt:
+                if planned.epoch != request.epoch:
+                    continue  # preempted since: it scores its prompt anew and draws the same token again
+                request.prompt_logprobs.extend(row.prompt_logprobs)
+            self._take(request, planned, row)
+
+    def fail(self, plan: StepPlan, cause: str) -> None:
+        """The step raised: its requests end with the cause, everybody else goes on."""
+        self.counters.step_failures += 1
+        for planned in self._in_flight.pop(plan.step):
+            if planned.request.status is not Status.ENDED:
+                self._fail(planned.request, cause)
+
+    def _take(self, request: Request, planned: _Planned, row: RowResult) -> None:
+        """Append the row's tokens until one ends the request; enter its full blocks in the prefix
+        cache.
+        """
+        taken = 0
+        finish: FinishReason | None = None
+        stop_reason: int | None = None
+        for token in row.token_ids:
+            request.tokens.append(token)
+            taken += 1
+            finish, stop_reason = self._finish(request, token)
+            if finish is not None:
+                break
+        self.counters.generation_tokens += taken
+        done = planned.row.num_computed + planned.row.num_new
+        if finish is None and not planned.row.sample and done >= request.max_len:
+            finish = "length"  # nothing was to be drawn (max_tokens 0)
+        if planned.epoch == request.epoch and request.status is Status.RUNNING:
+            self._enter_blocks(request, done)
+        if taken or finish:
+            if finish is not None:
+                self._end(request)
+            self._emit(
+                request,
+                token_ids=tuple(row.token_ids[:taken]),
+                logprobs=row.logprobs[:taken],
+                finish_reason=finish,
+                stop_reason=stop_reason,
+            )
+
+    def _finish(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+        if request.num_output >= request.params.min_tokens:
+            if token in request.eos_ids:
+                return "stop", None
+            if token in request.stop_ids:
+                return "stop", token
+        return ("length" if len(request.tokens) >= request.max_len else None), None
+
+    def _enter_blocks(self, request: Request, num_computed: int) -> None:
+        size = self.limits.block_size
+        if not self.blocks.prefix_caching or num_computed // size <= len(request.block_hashes):
+            return
+        hashes = request.block_hashes
+        parent = hashes[-1] if hashes else root_hash(request.cache_salt, request.lora_name)
+        for i in range(len(hashes), num_computed // size):
+            parent = block_hash(parent, request.tokens[i * size : (i + 1) * size])
+            hashes.append(parent)
+            self.blocks.enter(request.block_ids[i], parent)
+
+    def _emit(self, request: Request, **news: object) -> None:
+        prompt_logprobs = None
+        if request.scores_prompt:
+            prompt_logprobs = tuple(request.prompt_logprobs)
+            request.prompt_logprobs_sent = True
+        self._events.append(
+            TokensEvent(
+                request_id=request.request_id,
+                prompt_logprobs=prompt_logprobs,
+                num_cached_tokens=request.num_cached,
+                num_preemptions=request.epoch,
+                queued_s=request.queued_s,
+                scheduled_s=request.scheduled_s,
+                event_s=time.monotonic(),
+                **news,  # type: ignore[arg-type]  # fields of TokensEvent, named by the callers above
+            )
+        )
+
+    # ---- what others may ask -----------------------------------------------------------------
+
+    def take_events(self) -> list[TokensEvent]:
+        """Events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return self._num_waiting
+
+    def kv_waste(self) -> float:
+        """Share of the slots in held blocks that no token uses (blocks held by several count
+        once).
+        """
+        unused = sum(
+            len(r.block_ids) * self.limits.block_size - r.num_computed for r in self._running
+        )
+        return unused / max(1, self.blocks.num_held * self.limits.block_size)
+
+    def check_integrity(self) -> None:
+        """Blocks and requests agree. Raises IntegrityError or AssertionError."""
+        self.blocks.check_integrity(r.block_ids for r in self._running)
+        size = self.limits.block_size
+        for request in self._requests.values():
+            assert 0 <= request.num_computed <= request.num_tokens, request
+            running = request in self._running
+            assert running == (request.status is Status.RUNNING), request
+            assert running or not request.block_ids, request
+            assert len(request.block_ids) * size >= request.num_computed, request
+        keys = [r.key for r in self._running]
+        assert keys == sorted(keys), keys
+        assert self._num_waiting + len(self._running) == len(self._requests)
