@@ -6,7 +6,7 @@ Is every one answered, and every block freed?
 
 Prints the requests by how they ended, preemptions, prefix-cache hits, KV waste (slots of allocated
 blocks that hold no
-token), and the resident memory per quarter of the run. Exit status 1 if a request is unanswered or
+token), and the resident memory per eighth of the run. Exit status 1 if a request is unanswered or
 a block is leaked.
 """
 

@@ -118,7 +118,8 @@ class StepRunner(Protocol):
         """Launch the step; the returned function waits for its outcome. Steps are run in the order
         of their plans.
 
-        An exception from either call fails the requests of the plan; the runner has forgotten
-        nothing but them.
+        An exception from either call fails the requests of the plan. The step after it may be launched
+        already, with rows of these requests: the runner reports them by `RowResult.error`, and computes
+        the others.
         """
         ...
