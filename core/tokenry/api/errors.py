@@ -1,0 +1,75 @@
+"""Every error as OpenAI's error object, with the status and headers that its clients obey.
+
+In: exceptions. Out: JSON responses, or the data of a server-sent event where a stream has begun.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from tokenry.api.wire import JSON
+from tokenry.errors import Overloaded, RequestError, TokenryError
+
+log = logging.getLogger("tokenry.api")
+RETRY_AFTER_S = 2
+
+
+class NotReady(Overloaded):
+    """The model is still loading, or the server drains."""
+
+    code = "not_ready"
+
+
+class HTTPError(RequestError):
+    """A request that is wrong as HTTP: content type, size, route, verb, key."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, mend: str | None = None
+    ) -> None:
+        super().__init__(message, code=code, mend=mend)
+        self.status = status
+
+
+def error_object(error: TokenryError) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`."""
+    message = error.message if error.mend is None else f"{error.message} (Mend: {error.mend}.)"
+    param = error.param if isinstance(error, RequestError) else None
+    return {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
+
+
+def error_response(error: TokenryError) -> JSON:
+    """The answer to a request that failed."""
+    headers: dict[str, str] = {}
+    if error.status == 503:
+        headers = {"retry-after": str(RETRY_AFTER_S), "retry-after-ms": str(RETRY_AFTER_S * 1000)}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSON(error_object(error), status_code=error.status, headers=headers)
+
+
+async def on_tokenry_error(request: Request, error: Exception) -> JSON:
+    """An error that we raise on purpose."""
+    assert isinstance(error, TokenryError)
+    return error_response(error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> JSON:
+    """Starlette's own: no such route, wrong verb."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    text = {404: f"There is no route {where}.", 405: f"{where}: this method is not allowed."}
+    message = text.get(error.status_code, str(error.detail))
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    response = error_response(HTTPError(error.status_code, message, code=code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_exception(request: Request, error: Exception) -> JSON:
+    """A fault of ours: the sender is told, the log has the trace."""
+    log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(TokenryError(f"The server failed: {type(error).__name__}."))

@@ -1,0 +1,147 @@
+"""One HTTP request's run through the engine: its prompts in, updates out, and an end in every case.
+
+In: encoded prompts. Out: updates in the order in which they happen, and a pause now and then, so
+that a stream can show that it lives. Leaving the run aborts what is not finished: an error, a
+client that went, a shutdown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from starlette.requests import Request
+
+from tokenry.api.service import Service
+from tokenry.errors import RequestError, StepFailed
+from tokenry.outputs import RequestOutput
+from tokenry.params import SamplingParams
+from tokenry.text.outputs import OutputKind, Update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt: its tokens, its text if it came as text, and the request's field that it is."""
+
+    token_ids: Sequence[int]
+    text: str | None
+    param: str
+
+
+class Run:
+    """The requests of one HTTP request. Use it as a context manager."""
+
+    def __init__(self, service: Service, request_id: str) -> None:
+        self._service = service
+        self._request_id = request_id
+        self._queue: asyncio.Queue[Update] = asyncio.Queue()
+        self._ids: dict[str, int] = {}
+        self._begun_s = time.monotonic()
+        self._last_s: dict[tuple[int, int], float] = {}
+
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        kind: OutputKind,
+        priority: int,
+        cache_salt: str,
+    ) -> None:
+        """Start all prompts or, if one is refused, none."""
+        engine = self._service.engine
+        try:
+            for i, prompt in enumerate(prompts):
+                name = f"{self._request_id}-{i}"
+                engine.submit(
+                    name,
+                    prompt.token_ids,
+                    params,
+                    self._queue,
+                    prompt=prompt.text,
+                    kind=kind,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    param=prompt.param,
+                )
+                self._ids[name] = i
+        except RequestError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abort what is not finished."""
+        for name in self._ids:
+            self._service.engine.abort(name)
+            self._service.metrics.finished("abort", time.monotonic() - self._begun_s)
+        self._ids.clear()
+
+    async def updates(self) -> AsyncIterator[tuple[int, RequestOutput] | None]:
+        """(prompt's index, output) until all are finished; None after `keep_alive_s` of silence."""
+        while self._ids:
+            try:
+                update = await asyncio.wait_for(
+                    self._queue.get(), self._service.config.keep_alive_s
+                )
+            except TimeoutError:
+                yield None
+                continue
+            if update.request_id not in self._ids:
+                continue
+            if update.error is not None:
+                del self._ids[update.request_id]
+                self._service.metrics.finished("error", time.monotonic() - self._begun_s)
+                raise update.error
+            assert update.output is not None or not update.finished
+            if update.output is not None:
+                index = self._ids[update.request_id]
+                self._count(index, update.output)
+                if update.output.finished:
+                    del self._ids[update.request_id]
+                yield index, update.output
+
+    async def outputs(self) -> list[RequestOutput]:
+        """The finished outputs in the order of the prompts (kind "final")."""
+        done: dict[int, RequestOutput] = {}
+        async for item in self.updates():
+            if item is not None:
+                done[item[0]] = item[1]
+        return [done[i] for i in sorted(done)]
+
+    def _count(self, index: int, output: RequestOutput) -> None:
+        now = time.monotonic()
+        metrics = self._service.metrics
+        for one in output.outputs:
+            key = (index, one.index)
+            last_s = self._last_s.get(key)
+            if last_s is not None and one.token_ids:
+                metrics.next_token(now - last_s)
+            elif last_s is None and output.metrics is not None:
+                first_s = output.metrics.first_token_s
+                if first_s is not None:
+                    metrics.first_token(first_s - output.metrics.arrival_s)
+            self._last_s[key] = now
+            if one.finish_reason not in (None, "stop", "length"):
+                raise StepFailed(f"The engine ended this request ({one.finish_reason}).")
+            if one.finish_reason is not None:
+                metrics.finished(one.finish_reason, now - self._begun_s)
+
+
+async def until_disconnect(request: Request) -> None:
+    """Returns when the client is gone (its body has been read)."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

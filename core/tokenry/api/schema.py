@@ -1,0 +1,233 @@
+"""What a request may hold: fields of OpenAI's API, and vLLM's sampling fields beside them.
+
+In: parsed JSON. Out: `ChatRequest`, `CompletionRequest`, their `SamplingParams`, and the names of
+unknown fields.
+A field that asks for something that cannot be served is a 400 that names it; nothing is dropped in
+silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from tokenry.api.wire import convert
+from tokenry.errors import RequestError
+from tokenry.params import SamplingParams
+
+R = TypeVar("R", bound="_Sampling")
+MAX_STOPS = 64
+
+REFUSED = {
+    "tools": "tool calls are not served yet",
+    "functions": "tool calls are not served yet",
+    "function_call": "tool calls are not served yet",
+    "audio": "this model gives text only",
+    "prediction": "predicted outputs are not served",
+    "web_search_options": "web search is not served",
+    "suffix": "this model cannot fill in the middle",
+    "logits_processors": "logits processors are not served",
+    "guided_json": "structured output is not served yet",
+    "guided_regex": "structured output is not served yet",
+    "guided_choice": "structured output is not served yet",
+    "guided_grammar": "structured output is not served yet",
+    "structured_outputs": "structured output is not served yet",
+    "use_beam_search": "beam search is not served",
+    "reasoning_effort": "this model does not reason",
+    "chat_template": "start the server with --chat-template FILE instead",
+    "truncate_prompt_tokens": "prompts are never truncated in silence",
+    "lora_name": "LoRA adapters are not served yet",
+}
+"""Fields that ask for what we cannot give. Null, false and empty ask for nothing (but tools: [] is
+wrong).
+"""
+
+HARMLESS = frozenset(
+    [
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "verbosity",
+        "echo_prompt",
+        "return_tokens_as_token_ids",
+    ]
+)
+"""Fields that do not change the text."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tool_choice": ("none", "auto"),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "best_of": (1,),
+}
+"""Values of these fields that ask for what we do anyway."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's stream_options; continuous_usage_stats is vLLM's."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that both endpoints have; None is the default of `SamplingParams`."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class ChatRequest(_Sampling, frozen=True, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(_Sampling, frozen=True, kw_only=True):
+    """POST /v1/completions. `prompt`: str, [str], [int] or [[int]]."""
+
+    prompt: Any
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+_COPIED = [
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop_token_ids",
+    "bad_words",
+    "ignore_eos",
+    "min_tokens",
+    "prompt_logprobs",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "allowed_token_ids",
+]
+
+
+def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, list[str]]:
+    """The request, and the names of the fields that mean nothing here (400 for them if `strict`)."""
+    _refuse(data)
+    known = {f.name for f in msgspec.structs.fields(kind)}
+    unknown = sorted(set(data) - known - HARMLESS - set(REFUSED) - set(_NEUTRAL))
+    if unknown and strict:
+        raise RequestError(f"There is no field {unknown[0]!r}.", param=unknown[0])
+    request = convert({name: value for name, value in data.items() if name in known}, kind)
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream: true.", param="stream_options")
+    return request, unknown
+
+
+def _refuse(data: dict[str, Any]) -> None:
+    for name, why in REFUSED.items():
+        value = data.get(name)
+        if value or (name == "tools" and value is not None):
+            raise RequestError(f"{name} cannot be served: {why}.", param=name, code="unsupported")
+    for name, neutral in _NEUTRAL.items():
+        value = data.get(name)
+        if value is not None and value not in neutral:
+            raise RequestError(
+                f"{name} {value!r} cannot be served; only {neutral[0]!r}.",
+                param=name,
+                code="unsupported",
+            )
+    if data.get("store"):
+        raise RequestError("store: answers are not stored here.", param="store", code="unsupported")
+
+
+def chat_params(request: ChatRequest) -> SamplingParams:
+    """SamplingParams of a chat; without a limit the answer may fill the context."""
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
+    limit = request.max_completion_tokens
+    _at_least_one("max_completion_tokens", limit)
+    _at_least_one("max_tokens", request.max_tokens)
+    if limit is None:
+        limit = request.max_tokens
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    try:
+        return _params(request, max_tokens=limit, logprobs=logprobs)
+    except RequestError as error:
+        if error.param == "logprobs":
+            error.param = "top_logprobs"
+        raise
+
+
+def completion_params(request: CompletionRequest) -> SamplingParams:
+    """SamplingParams of a completion; echo with logprobs needs the prompt's, too."""
+    limit = 16 if request.max_tokens is None else request.max_tokens
+    if not request.echo:
+        _at_least_one("max_tokens", limit)
+    prompt_logprobs = request.prompt_logprobs
+    if request.echo and request.logprobs is not None:
+        prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
+    changed = msgspec.structs.replace(request, prompt_logprobs=prompt_logprobs)
+    return _params(changed, max_tokens=limit, logprobs=request.logprobs)
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise RequestError(f"{name} must be at least 1, got {value}.", param=name)
+
+
+def _params(request: _Sampling, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    values = {name: getattr(request, name) for name in _COPIED}
+    given = {name: value for name, value in values.items() if value is not None}
+    stop = request.stop
+    if stop is not None:
+        given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if len(given["stop"]) > MAX_STOPS:
+            raise RequestError(f"At most {MAX_STOPS} stop strings are served.", param="stop")
+    if request.temperature is not None and request.temperature > 2:
+        raise RequestError(
+            f"temperature must be in [0, 2], got {request.temperature}.", param="temperature"
+        )
+    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)

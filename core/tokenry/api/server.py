@@ -1,0 +1,187 @@
+"""The server's life: listen, load, serve, drain, end.
+
+In: both configs. Out: an exit code. The socket listens before the model loads, so that probes and
+clients get an answer from the first second; a port that is taken is known before anything is
+loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from tokenry.api.app import make_app
+from tokenry.api.metrics import Metrics
+from tokenry.api.service import Service
+from tokenry.async_engine import AsyncEngine
+from tokenry.config import EngineConfig, ServerConfig
+from tokenry.engine_process import DEFAULT_FACTORY
+from tokenry.errors import ConfigError
+from tokenry.messages import Ready
+
+_POLL_S = 0.05
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, without its signal handlers: ours drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """The listening socket; raises ConfigError that names the flag."""
+    try:
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(2048)
+        listener.setblocking(False)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {config.port} on {config.host} is in use.",
+                mend=f"--port {config.port + 1}, or --port 0 for a free one",
+            ) from error
+        raise ConfigError(
+            f"Cannot listen on {config.host}:{config.port}: {error.strerror or error}.",
+            mend="--host 127.0.0.1 --port 8000",
+        ) from error
+    return listener
+
+
+def serve(
+    engine_config: EngineConfig, server_config: ServerConfig, *, factory: str = DEFAULT_FACTORY
+) -> int:
+    """Serve until a signal ends it; raises TokenryError if the start fails."""
+    listener = listen(server_config)
+    with contextlib.closing(listener):
+        import uvloop
+
+        return uvloop.run(_serve(engine_config, server_config, listener, factory))
+
+
+async def _serve(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    listener: socket.socket,
+    factory: str,
+) -> int:
+    engine = AsyncEngine(engine_config, chat_template=config.chat_template, factory=factory)
+    name = (config.served_model_name or (engine_config.model,))[0]
+    metrics = Metrics(lambda: engine.latest_stats, name)
+    service = Service(engine=engine, config=config, metrics=metrics)
+    server = _Server(
+        uvicorn.Config(
+            make_app(service),
+            log_level="warning" if config.log_level == "info" else config.log_level,
+            access_log=config.log_level == "debug",
+            lifespan="off",
+            http="httptools",
+            timeout_graceful_shutdown=2,
+            server_header=False,
+        )
+    )
+    stop = asyncio.Event()
+    _on_signals(stop, server)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        address = _address(listener, config)
+        _say(f"listening on {address}, loading {engine_config.model}")
+        if await _load(engine, stop):
+            for line in _welcome(engine.ready, address, name):
+                _say(line)
+            await stop.wait()
+            await _drain(service)
+        return 0
+    finally:
+        await engine.shutdown()
+        server.should_exit = True
+        await serving
+
+
+def _on_signals(stop: asyncio.Event, server: uvicorn.Server) -> None:
+    """The first signal asks for a drain, the second one ends at once."""
+
+    def on_signal() -> None:
+        if stop.is_set():
+            server.force_exit = True
+            raise SystemExit(1)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+
+
+async def _load(engine: AsyncEngine, stop: asyncio.Event) -> bool:
+    """Load the model and say how far it is; False if a signal came first."""
+    loading = asyncio.create_task(_launch(engine))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        phase = ""
+        while not loading.done() and not stopping.done():
+            await asyncio.wait((loading, stopping), timeout=_POLL_S, return_when="FIRST_COMPLETED")
+            if engine.progress.phase != phase:
+                phase = engine.progress.phase
+                if phase != "ready":
+                    _say(f"  {phase} ...")
+        if loading.done():
+            loading.result()
+            return True
+        return False
+    finally:
+        stopping.cancel()
+        loading.cancel()
+
+
+async def _launch(engine: AsyncEngine) -> None:
+    await engine.launch()
+    await engine.wait_ready()
+
+
+async def _drain(service: Service) -> None:
+    """No new requests; those under way get `drain_timeout_s`."""
+    service.draining = True
+    end_s = time.monotonic() + service.config.drain_timeout_s
+    if service.num_active:
+        _say(f"draining {service.num_active} requests, at most {service.config.drain_timeout_s} s")
+    while service.num_active and time.monotonic() < end_s and service.engine.dead is None:
+        await asyncio.sleep(_POLL_S)
+
+
+def _address(listener: socket.socket, config: ServerConfig) -> str:
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def _welcome(ready: Ready, address: str, name: str) -> list[str]:
+    ledger = ", ".join(f"{what} {_bytes(size)}" for what, size in ready.ledger.items())
+    tokens = ready.num_blocks * ready.block_size
+    body = f'{{"model":"{name}","prompt":"Once upon a time","max_tokens":200,"stream":true}}'
+    return [
+        f"{ready.architecture} in {ready.dtype} on {ready.device_name} ({ready.backend})",
+        f"memory: {ledger}" if ledger else "memory: not told by the backend",
+        f"context {ready.max_model_len} tokens, KV cache for {tokens} tokens",
+        *(f"note: {note}" for note in ready.notes),
+        f"try:  curl -N {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"page: {address}/",
+    ]
+
+
+def _bytes(size: int) -> str:
+    units: list[tuple[str, int]] = [("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)]
+    return next((f"{size / n:.1f} {unit}" for unit, n in units if size >= n), f"{size} B")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

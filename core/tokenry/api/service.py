@@ -1,0 +1,97 @@
+"""What every route needs: the engine, who may come in now, and what has been counted.
+
+In: requests' needs. Out: answers to "may this be served", model names, ids. Owned by the server;
+one per process.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+import tokenry
+from tokenry.api.errors import NotReady
+from tokenry.api.metrics import Metrics
+from tokenry.async_engine import AsyncEngine
+from tokenry.config import ServerConfig
+from tokenry.errors import ModelNotFound, Overloaded
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """The server's state. `draining` is set once, by the shutdown; `num_active` counts answers
+    under way.
+    """
+
+    engine: AsyncEngine
+    config: ServerConfig
+    metrics: Metrics
+    started_s: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    num_active: int = 0
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that a request may use; the first is ours."""
+        return self.config.served_model_name or (self.engine.config.model,)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same seed may give another text."""
+        ready = self.engine.ready
+        facts = f"{tokenry.__version__} {self.engine.config.model} {ready.backend} {ready.dtype}"
+        return f"fp_{zlib.crc32(facts.encode()):08x}"
+
+    def admit(self) -> None:
+        """Raises what keeps a request out now: loading, draining, a dead engine, a full queue."""
+        if self.draining:
+            raise NotReady("The server is shutting down.", mend="send the request again")
+        if self.engine.dead is not None:
+            self.engine.check_health()
+        if not self.engine.is_ready:
+            progress = self.engine.progress
+            raise NotReady(
+                f"The model is still loading: {progress.phase}, {progress.share:.0%}.",
+                mend="wait for GET /readyz",
+            )
+        limit = self.config.max_waiting + self.engine.config.max_num_seqs
+        if self.engine.num_requests >= limit:
+            self.metrics.rejected()
+            raise Overloaded(
+                f"{self.engine.num_requests} requests are under way, the limit is {limit}.",
+                mend="send the request again later, or --max-waiting higher",
+            )
+
+    def check_model(self, name: str | None) -> str:
+        """The name that the answer carries; raises ModelNotFound."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            raise ModelNotFound(name, list(self.model_names))
+        return name
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While an answer is under way: the drain waits for it."""
+        self.num_active += 1
+        try:
+            yield
+        finally:
+            self.num_active -= 1
+
+
+def service_of(request: Request) -> Service:
+    """The server's `Service`."""
+    service: Service = request.app.state.service
+    return service
+
+
+def new_id(prefix: str) -> str:
+    """`chatcmpl-…`."""
+    return f"{prefix}-{uuid.uuid4().hex}"

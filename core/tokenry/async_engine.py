@@ -1,0 +1,441 @@
+"""An engine process as an object of asyncio: prompts in, streams of `RequestOutput` out.
+
+In: `EngineConfig`, prompts with SamplingParams. Out: outputs as they come; errors to whoever waits.
+Owns the engine's
+process, its socket and an `OutputProcessor`. A process that ends answers every waiting request with
+`EngineDead`.
+Never imports torch: all that computes is on the other side of the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from tokenry.config import EngineConfig
+from tokenry.engine_process import DEFAULT_FACTORY
+from tokenry.errors import (
+    BackendError,
+    ConfigError,
+    DeviceOOM,
+    EngineDead,
+    KVCacheTooSmall,
+    ModelLoadError,
+    NoBackend,
+    TokenryError,
+    UnknownArchitecture,
+    Unsupported,
+)
+from tokenry.hub import find_model
+from tokenry.messages import (
+    Abort,
+    Command,
+    Event,
+    Failed,
+    Progress,
+    Query,
+    Ready,
+    Reply,
+    Shutdown,
+    Stats,
+    TokensEvent,
+)
+from tokenry.outputs import RequestOutput
+from tokenry.params import SamplingParams
+from tokenry.text.outputs import OutputKind, OutputProcessor, Update
+from tokenry.text.tokenizer import Tokenizer
+
+_END_GRACE_S = 5.0
+_LAST_WORDS_MS = 100
+_START_ERRORS: dict[str, type[TokenryError]] = {
+    kind.__name__: kind
+    for kind in (
+        BackendError,
+        ConfigError,
+        DeviceOOM,
+        KVCacheTooSmall,
+        ModelLoadError,
+        NoBackend,
+        UnknownArchitecture,
+        Unsupported,
+    )
+}
+_MAX_SOCKET_PATH = 100
+"""A unix socket's path may have 107 bytes (sun_path of unix(7))."""
+
+
+class AsyncEngine:
+    """A model behind its own process. `await AsyncEngine.start(config)`, `shutdown` at the end.
+
+    chat_template  file with a Jinja chat template, instead of the tokenizer's.
+    factory        dotted name of what makes the engine in its process; tests bring their own.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        factory: str = DEFAULT_FACTORY,
+    ) -> None:
+        self.config = config
+        self.progress = Progress(phase="starting")
+        self.latest_stats = Stats()
+        self.dead: TokenryError | None = None
+        self._chat_template = chat_template
+        self._factory = factory
+        self._ready: Ready | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._processor: OutputProcessor | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._directory: Path | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._queues: dict[str, asyncio.Queue[Update]] = {}
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._next_query_id = 0
+        self._started = asyncio.Event()
+        self._failure: Failed | None = None
+        self._closing = False
+        self._decoder = msgspec.msgpack.Decoder(list[Event])
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        factory: str = DEFAULT_FACTORY,
+    ) -> AsyncEngine:
+        """An engine that serves; raises the error that its start failed with."""
+        engine = cls(config, chat_template=chat_template, factory=factory)
+        try:
+            await engine.launch()
+            await engine.wait_ready()
+        except BaseException:
+            await engine.shutdown()
+            raise
+        return engine
+
+    async def launch(self) -> None:
+        """Find the model, begin to load it in its process, read the tokenizer meanwhile."""
+        self.progress = Progress(phase="finding the model")
+        model = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
+        config = dataclasses.replace(self.config, model=str(model))
+        await self._spawn(config)
+        try:
+            source = model
+            if config.tokenizer is not None:
+                source = await asyncio.to_thread(find_model, config.tokenizer)
+            self._tokenizer = await asyncio.to_thread(self._load_tokenizer, source, model)
+        except TokenryError as error:
+            self._die(error)
+            raise
+        self._begin()
+
+    async def wait_ready(self) -> Ready:
+        """What the engine said when it was loaded; raises the cause if it could not be."""
+        await self._started.wait()
+        if self.dead is not None:
+            raise self.dead
+        return self.ready
+
+    @property
+    def ready(self) -> Ready:
+        """Facts about the loaded engine; raises EngineDead before it is loaded and after its
+        end.
+        """
+        if self.dead is not None:
+            raise self.dead
+        if self._ready is None:
+            raise EngineDead(f"The engine is still loading ({self.progress.phase}).", mend="wait")
+        return self._ready
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be served now."""
+        return self._ready is not None and self._processor is not None and self.dead is None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            raise EngineDead("The tokenizer is not loaded yet.", mend="wait")
+        return self._tokenizer
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are not finished."""
+        return len(self._queues)
+
+    def check_health(self) -> None:
+        """Raises EngineDead, with the cause, if the engine does not serve."""
+        _ = self.ready
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        queue: asyncio.Queue[Update],
+        *,
+        prompt: str | None = None,
+        kind: OutputKind = "cumulative",
+        priority: int = 0,
+        cache_salt: str = "",
+        param: str = "prompt",
+    ) -> None:
+        """Start a request now; its updates go to `queue`. Raises RequestError, and then nothing was
+        started.
+        """
+        self.check_health()
+        if self._processor is None:
+            raise EngineDead("The engine is still loading.", mend="wait")
+        commands = self._processor.add(
+            request_id,
+            prompt_ids,
+            params,
+            prompt=prompt,
+            kind=kind,
+            priority=priority,
+            cache_salt=cache_salt,
+            param=param,
+        )
+        self._queues[request_id] = queue
+        self._send(*commands)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        kind: OutputKind = "cumulative",
+    ) -> AsyncIterator[RequestOutput]:
+        """The request's outputs; closing or cancelling the iteration aborts it within a step."""
+        name = request_id or uuid.uuid4().hex
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        queue: asyncio.Queue[Update] = asyncio.Queue()
+        self.submit(
+            name,
+            ids,
+            params or SamplingParams(),
+            queue,
+            prompt=text,
+            kind=kind,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        try:
+            while True:
+                update = await queue.get()
+                if update.error is not None:
+                    raise update.error
+                if update.output is not None:
+                    yield update.output
+                if update.finished:
+                    return
+        finally:
+            self.abort(name)
+
+    def abort(self, request_id: str) -> None:
+        """Forget the request; a finished or unknown one is left alone."""
+        self._queues.pop(request_id, None)
+        children = () if self._processor is None else self._processor.abort(request_id)
+        if children and self.dead is None:
+            self._send(Abort(request_ids=children))
+
+    async def stats(self) -> Stats:
+        """The engine's counters and gauges now."""
+        await self._query("stats")
+        return self.latest_stats
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget every cached prompt beginning; False if running requests hold some."""
+        return bool((await self._query("reset_prefix_cache")).data.get("done"))
+
+    async def check_integrity(self) -> None:
+        """The engine checks its books; raises TokenryError with both sides if they do not agree."""
+        reply = await self._query("check_integrity")
+        if reply.error is not None:
+            raise TokenryError(reply.error)
+
+    async def shutdown(self) -> None:
+        """End the process and everything that waits for it; a second call does nothing."""
+        self._closing = True
+        self._die(EngineDead("The engine was shut down."))
+        process = self._process
+        if process is not None and process.returncode is None:
+            self._send(Shutdown())
+            try:
+                await asyncio.wait_for(process.wait(), _END_GRACE_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    async def _spawn(self, config: EngineConfig) -> None:
+        self._directory = private_directory()
+        address = f"ipc://{self._directory}/engine"
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        self.progress = Progress(phase="starting the engine process")
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tokenry.engine_process",
+            address,
+            self._factory,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=sys.stderr.fileno(),  # ours carries the user's text
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
+        self._tasks = [
+            asyncio.create_task(self._receive(self._socket)),
+            asyncio.create_task(self._watch(self._process)),
+        ]
+
+    def _load_tokenizer(self, source: Path, model: Path) -> Tokenizer:
+        return Tokenizer.load(source, model_path=model, chat_template_file=self._chat_template)
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            for event in self._decoder.decode(await socket.recv()):
+                self._take(event)
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._processor is None and self._ready is not None and self._tokenizer is not None:
+            self._processor = OutputProcessor(
+                self._tokenizer, max_model_len=self._ready.max_model_len
+            )
+            self._started.set()
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, TokensEvent):
+            self._take_tokens(event)
+        elif isinstance(event, Stats):
+            self.latest_stats = event
+        elif isinstance(event, Reply):
+            waiting = self._replies.pop(event.query_id, None)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(event)
+        elif isinstance(event, Progress):
+            self.progress = event
+        elif isinstance(event, Ready):
+            self._ready = event
+            self.progress = Progress(phase="ready", share=1.0)
+        else:
+            self._failure = event
+
+    def _take_tokens(self, event: TokensEvent) -> None:
+        update = None if self._processor is None else self._processor.update(event)
+        if update is None:
+            return
+        if update.abort:
+            self._send(Abort(request_ids=update.abort))
+        queue = self._queues.get(update.request_id)
+        if queue is None:
+            return
+        queue.put_nowait(update)
+        if update.finished:
+            del self._queues[update.request_id]
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """When the process ends: read its last words, then tell everybody who waits."""
+        code = await process.wait()
+        socket = self._socket
+        while socket is not None and await socket.poll(_LAST_WORDS_MS):
+            await asyncio.sleep(0.01)  # the receiver reads them
+        if not self._closing:
+            self._die(self._cause(code))
+
+    def _cause(self, code: int) -> TokenryError:
+        failure = self._failure
+        if failure is not None and self._ready is None:
+            kind = _START_ERRORS.get(failure.error_type, TokenryError)
+            return kind(failure.message, mend=failure.mend)
+        if failure is not None:
+            what = f"The engine process ended with exit code {code}: {failure.message}"
+        elif code < 0:
+            what = f"The engine process was killed by {signal.Signals(-code).name}."
+        else:
+            what = f"The engine process ended with exit code {code}."
+        mend = failure.mend if failure is not None else "restart the server; its log has the cause"
+        if code == -signal.SIGKILL:
+            mend = "restart the server; if nobody killed it, the machine ran out of memory"
+        return EngineDead(what, mend=mend)
+
+    def _die(self, error: TokenryError) -> None:
+        if self.dead is None:
+            self.dead = error
+        self._started.set()
+        updates = [] if self._processor is None else self._processor.fail_all(error)
+        for update in updates:
+            queue = self._queues.pop(update.request_id, None)
+            if queue is not None:
+                queue.put_nowait(update)
+        for waiting in self._replies.values():
+            if not waiting.done():
+                waiting.set_exception(error)
+        self._replies.clear()
+
+    async def _query(
+        self, what: Literal["stats", "reset_prefix_cache", "check_integrity"]
+    ) -> Reply:
+        self.check_health()
+        self._next_query_id += 1
+        query = Query(query_id=self._next_query_id, what=what)
+        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[query.query_id] = waiting
+        self._send(query)
+        try:
+            return await waiting
+        finally:
+            self._replies.pop(query.query_id, None)
+
+    def _send(self, *commands: Command) -> None:
+        """At once: the queue has no limit, so the future is done when it comes."""
+        if self._socket is not None:
+            self._socket.send(msgspec.msgpack.encode(list(commands)))
+
+
+def private_directory() -> Path:
+    """A new directory of this user alone, with a path short enough for a unix socket."""
+    path = Path(tempfile.mkdtemp(prefix="tokenry-"))
+    if len(str(path)) > _MAX_SOCKET_PATH - len("/engine"):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        path = Path(tempfile.mkdtemp(prefix="tokenry-", dir="/tmp"))
+    return path

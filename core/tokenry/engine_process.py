@@ -1,0 +1,254 @@
+"""The engine in a process of its own: commands in, events out, msgpack over a private unix socket.
+
+In: the engine's config as JSON on stdin, then batches of `Command`s. Out: batches of `Event`s:
+Progress while loading,
+then Ready or Failed, then the news of each step. Blocks in poll while there is nothing to do, so an
+idle server costs
+no CPU. Ends with its parent: stdin is a pipe that only the parent holds open, and its end is the
+parent's.
+Knows no HTTP and no text; run as `python -m tokenry.engine_process ADDRESS FACTORY`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from tokenry.config import EngineConfig, environment
+from tokenry.errors import TokenryError
+from tokenry.messages import (
+    Abort,
+    AddRequest,
+    Command,
+    Event,
+    Failed,
+    Progress,
+    Query,
+    Ready,
+    Reply,
+    Shutdown,
+    Stats,
+    TokensEvent,
+)
+
+DEFAULT_FACTORY = "tokenry.assemble:assemble"
+STATS_INTERVAL_S = 1.0
+EXIT_FAILED = 1
+
+
+class Engine(Protocol):
+    """What this process needs of an engine; `EngineCore` is the real one."""
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request."""
+        ...
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forget requests."""
+        ...
+
+    def step(self) -> Sequence[TokensEvent]:
+        """One step; what happened."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        ...
+
+    def stats(self) -> Stats:
+        """Counters and gauges."""
+        ...
+
+    def reset_prefix_cache(self) -> bool | None:
+        """Forget cached beginnings; False if held."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raise if the books do not agree."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class _AssembledEngine(Protocol):
+    @property
+    def engine(self) -> Any:
+        """The engine."""
+        ...
+
+    @property
+    def ready(self) -> Ready:
+        """Facts for the front."""
+        ...
+
+
+Factory = Callable[[EngineConfig, Callable[[str, float], None]], _AssembledEngine]
+
+
+class EngineProcess:
+    """The loop of the process: drain commands, step, send what happened."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
+        self._engine = engine
+        self._socket = socket
+        self._decoder = msgspec.msgpack.Decoder(list[Command])
+        self._encoder = msgspec.msgpack.Encoder()
+        self._stats_sent_s = 0.0
+        self._stats_due = False
+        self._running = True
+
+    def run(self) -> None:
+        """Serve until a Shutdown comes."""
+        while self._running:
+            events = self._take_commands()
+            if self._running and self._engine.has_work():
+                events += self._engine.step()
+                self._stats_due = True
+            events += self._due_stats()
+            if events:
+                self._socket.send(self._encoder.encode(events))
+
+    def _take_commands(self) -> list[Event]:
+        events: list[Event] = []
+        timeout_ms = self._patience_ms()
+        while self._running and self._socket.poll(timeout_ms):
+            for command in self._decoder.decode(self._socket.recv()):
+                events += self._obey(command)
+            timeout_ms = 0
+        return events
+
+    def _patience_ms(self) -> int | None:
+        """No wait while there is work; for ever while idle, once the last stats are told."""
+        if self._engine.has_work():
+            return 0
+        if not self._stats_due:
+            return None
+        left_s = self._stats_sent_s + STATS_INTERVAL_S - time.monotonic()
+        return max(0, int(left_s * 1000) + 1)
+
+    def _due_stats(self) -> list[Event]:
+        now = time.monotonic()
+        if not self._stats_due or now - self._stats_sent_s < STATS_INTERVAL_S:
+            return []
+        self._stats_sent_s, self._stats_due = now, False
+        return [self._engine.stats()]
+
+    def _obey(self, command: Command) -> list[Event]:
+        if isinstance(command, AddRequest):
+            return self._add(command)
+        if isinstance(command, Abort):
+            self._engine.abort(command.request_ids)
+            self._stats_due = True
+        elif isinstance(command, Query):
+            return self._answer(command)
+        elif isinstance(command, Shutdown):
+            self._running = False
+        return []
+
+    def _add(self, request: AddRequest) -> list[Event]:
+        try:
+            self._engine.add(request)
+        except TokenryError as error:
+            return [
+                TokensEvent(request_id=request.request_id, finish_reason="error", error=str(error))
+            ]
+        return []
+
+    def _answer(self, query: Query) -> list[Event]:
+        """The reply; stats come as their own event before it."""
+        data: dict[str, str | int | float | bool] = {}
+        try:
+            if query.what == "stats":
+                return [self._engine.stats(), Reply(query_id=query.query_id)]
+            if query.what == "reset_prefix_cache":
+                data = {"done": self._engine.reset_prefix_cache() is not False}
+            else:
+                self._engine.check_integrity()
+                data = {"ok": True}
+        except (TokenryError, AssertionError) as error:
+            return [Reply(query_id=query.query_id, error=str(error) or type(error).__name__)]
+        return [Reply(query_id=query.query_id, data=data)]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Load the engine that `factory` makes, then serve it at `address`."""
+    address, factory = argv
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to understand
+    signal.signal(signal.SIGTERM, _terminate)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.set_hwm(0)
+    socket.connect(address)
+    try:
+        return _load_and_run(config, factory, socket)
+    finally:
+        socket.close()
+        context.term()
+
+
+def _load_and_run(config: EngineConfig, factory: str, socket: zmq.Socket[bytes]) -> int:
+    def send(event: Event) -> None:
+        socket.send(msgspec.msgpack.encode([event]))
+
+    engine: Any = None
+    try:
+        send(Progress(phase="importing"))
+        assembled = find_factory(factory)(
+            config, lambda phase, share: send(Progress(phase=phase, share=share))
+        )
+        engine = assembled.engine
+        send(assembled.ready)
+        EngineProcess(engine, socket).run()
+        return 0
+    except Exception as error:  # whatever it is, the parent must learn the cause
+        send(failure_of(error))
+        if not isinstance(error, TokenryError) or environment("TOKENRY_LOG_LEVEL") == "debug":
+            traceback.print_exc()
+        return EXIT_FAILED
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def failure_of(error: BaseException) -> Failed:
+    """One cause with its mend, as an event."""
+    if isinstance(error, TokenryError):
+        return Failed(message=error.message, mend=error.mend, error_type=type(error).__name__)
+    return Failed(message=f"{type(error).__name__}: {error}", error_type=type(error).__name__)
+
+
+def find_factory(dotted: str) -> Factory:
+    """`package.module:function`."""
+    module, _, name = dotted.partition(":")
+    factory: Factory = getattr(importlib.import_module(module), name)
+    return factory
+
+
+def _terminate(signal_number: int, frame: object) -> None:
+    raise SystemExit(0)
+
+
+def _end_with_parent() -> None:
+    """Even while the main thread loads or computes: the parent's end closes the pipe."""
+    while os.read(0, 4096):
+        pass
+    os._exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""Every wrong request is answered in OpenAI's shape, and names the field."""
+
+import pytest
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+TEXT = {"model": "demo", "prompt": "Once", "max_tokens": 3}
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"]
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"presence_penalty": 5}, "presence_penalty"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+        ({"messages": ["x"]}, "messages[0]"),
+        ({"tools": []}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"stop": [""]}, "stop"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_chat_field_is_named(toy, change, param):
+    error = error_of(toy.http.post("/v1/chat/completions", json={**CHAT, **change}), 400)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt[1]"),
+        ({"prompt": [999999]}, "prompt"),
+        ({"suffix": "end"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+    ],
+    ids=str,
+)
+def test_wrong_completion_field_is_named(toy, change, param):
+    assert error_of(toy.http.post("/v1/completions", json={**TEXT, **change}), 400)["param"] == param
+
+
+def test_missing_prompt_is_named(toy):
+    assert error_of(toy.http.post("/v1/completions", json={}), 400)["param"] == "prompt"
+
+
+def test_unknown_model_is_404(toy):
+    error = error_of(toy.http.post("/v1/completions", json={**TEXT, "model": "gpt"}), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_too_long_prompt_says_the_limit(toy):
+    error = error_of(toy.http.post("/v1/completions", json={**TEXT, "prompt": [5] * 600}), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "This model's maximum context length is 512 tokens" in error["message"]
+
+
+def test_transport_errors_have_openais_shape(toy):
+    error_of(toy.http.get("/nowhere"), 404)
+    error_of(toy.http.get("/v1/completions"), 405)
+    error_of(toy.http.post("/v1/completions", content=b"x"), 415)
+    headers = {"content-type": "application/json; charset=utf-8"}
+    error_of(toy.http.post("/v1/completions", content=b"{", headers=headers), 400)
+    error_of(toy.http.post("/v1/completions", content=b"[1]", headers=headers), 400)
+
+
+def test_unknown_field_is_named_in_a_header(toy):
+    response = toy.http.post("/v1/completions", json={**TEXT, "shoe_size": 44, "user": "me"})
+    assert response.status_code == 200
+    assert response.headers["x-ignored-params"] == "shoe_size"
+
+
+def test_keys_size_and_strictness(start_toy):
+    server = start_toy({"api_key": ["s3cret"], "max_body_bytes": 200, "strict_params": True})
+    server.wait_ready()
+    error = error_of(server.http.post("/v1/completions", json=TEXT), 401)
+    assert error["code"] == "invalid_api_key"
+    error_of(server.http.get("/v1/models"), 401)
+    server.http.headers["authorization"] = "Bearer s3cret"
+    assert server.http.get("/v1/models").status_code == 200
+    error_of(server.http.post("/v1/completions", json={**TEXT, "prompt": "x" * 300}), 413)
+    error = error_of(server.http.post("/v1/completions", json={**TEXT, "shoe_size": 44}), 400)
+    assert error["param"] == "shoe_size"
+    assert server.close() == 0

@@ -1,0 +1,157 @@
+"""AsyncEngine over a real engine process and a real EngineCore; only the model is a toy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenry.async_engine import AsyncEngine
+from tokenry.config import EngineConfig
+from tokenry.errors import EngineDead, ModelLoadError, RequestError
+from tokenry.params import SamplingParams
+
+CONFIG = EngineConfig(model="demo", backend="cpu", max_num_seqs=64)
+
+
+@pytest.fixture(autouse=True)
+def toy_on_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "api"))
+
+
+def run(story, **environ):
+    async def whole():
+        engine = await AsyncEngine.start(CONFIG, factory="toy_engine:make")
+        try:
+            return await asyncio.wait_for(story(engine), 30)
+        finally:
+            await engine.shutdown()
+
+    return asyncio.run(whole())
+
+
+async def last(stream):
+    output = None
+    async for output in stream:
+        pass
+    return output
+
+
+async def until_idle(engine):
+    for _ in range(200):
+        stats = await engine.stats()
+        if stats.num_running + stats.num_waiting == 0:
+            return stats
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"still busy: {stats}")
+
+
+def test_generate_streams_until_max_tokens():
+    async def story(engine):
+        seen = [o async for o in engine.generate("Once", SamplingParams(max_tokens=5))]
+        assert len(seen[-1].outputs[0].token_ids) == 5
+        assert seen[-1].outputs[0].finish_reason == "length"
+        assert [o.finished for o in seen] == [False] * (len(seen) - 1) + [True]
+
+    run(story)
+
+
+def test_many_requests_at_once_each_get_their_own_answer():
+    async def story(engine):
+        params = [SamplingParams(max_tokens=8, seed=i) for i in range(30)]
+        alone = [await last(engine.generate("Once", p)) for p in params]
+        together = await asyncio.gather(*(last(engine.generate("Once", p)) for p in params))
+        assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+        await engine.check_integrity()
+
+    run(story)
+
+
+def test_closed_iterators_leave_nothing_behind(monkeypatch):
+    monkeypatch.setenv("TOY_STEP_S", "0.005")
+
+    async def story(engine):
+        for _ in range(50):
+            stream = engine.generate("Once upon a time", SamplingParams(max_tokens=400))
+            await anext(stream)
+            await stream.aclose()
+        stats = await until_idle(engine)
+        assert stats.num_requests_aborted == 50
+        assert engine.num_requests == 0
+        await engine.check_integrity()
+
+    run(story)
+
+
+def test_bad_request_is_refused_before_anything_starts():
+    async def story(engine):
+        with pytest.raises(RequestError, match="maximum context length is 512 tokens"):
+            await last(engine.generate([5] * 600))
+        assert engine.num_requests == 0
+
+    run(story)
+
+
+def test_killed_engine_answers_every_waiting_request(monkeypatch):
+    monkeypatch.setenv("TOY_STEP_S", "0.02")
+
+    async def story(engine):
+        params = SamplingParams(max_tokens=400)
+        waiting = [asyncio.ensure_future(last(engine.generate("Once", params))) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        os.kill(engine.pid, signal.SIGKILL)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(a, EngineDead) and "SIGKILL" in str(a) for a in answers)
+        with pytest.raises(EngineDead, match="SIGKILL"):
+            engine.check_health()
+
+    run(story)
+
+
+def test_failed_start_raises_the_cause_with_its_mend(monkeypatch):
+    monkeypatch.setenv("TOY_FAIL", "1")
+
+    async def story():
+        await AsyncEngine.start(CONFIG, factory="toy_engine:make")
+
+    with pytest.raises(ModelLoadError, match="The toy is broken") as caught:
+        asyncio.run(story())
+    assert caught.value.mend == "glue it"
+
+
+def test_engine_process_ends_with_its_parent(tmp_path):
+    script = (
+        "import asyncio, os\n"
+        "from tokenry.async_engine import AsyncEngine\n"
+        "from tokenry.config import EngineConfig\n"
+        "async def main():\n"
+        "    engine = await AsyncEngine.start(EngineConfig(model='demo'), factory='toy_engine:make')\n"
+        "    print(engine.pid, flush=True)\n"
+        "    os._exit(9)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    pid = int(done.stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or _is_zombie(pid):
+            return
+        subprocess.run(["sleep", "0.05"], check=True)
+    raise AssertionError(f"the engine process {pid} outlives its parent")
+
+
+def _is_zombie(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_front_imports_no_torch():
+    script = (
+        "import sys, tokenry.async_engine, tokenry.api.server; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
