@@ -1,0 +1,54 @@
+# serve · test · lint · bench · docs: each makes what it needs on a fresh machine (python3.11 with venv is all).
+PYTHON ?= python3.11
+MODEL ?= demo
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q
+# a thread that waits for work must not burn a core that another process needs
+TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: serve test lint quick slow bench docs clean
+
+serve: $(VENV)/serve
+	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: lint quick slow
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+quick: $(VENV)/dev
+	$(TEST) -m "not slow"
+
+slow: $(VENV)/dev
+	$(TEST) -m slow
+
+bench: $(VENV)/dev
+	$(BIN)/tokenry bench throughput $(MODEL)
+	$(BIN)/tokenry bench latency $(MODEL)
+	$(BIN)/python benchmarks/startup.py $(MODEL)
+
+docs: $(VENV)/dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info core/*.egg-info
+
+$(VENV)/pip:
+	@echo "tokenry: making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) setuptools wheel
+	@touch $@
+
+$(VENV)/serve: $(VENV)/pip pyproject.toml plugins/cpu/pyproject.toml demo/pyproject.toml constraints.txt
+	@echo "tokenry: installing the engine, the CPU backend and the demo model (about a minute)"
+	@$(INSTALL) --no-build-isolation -e . -e plugins/cpu -e demo
+	@touch $@
+
+$(VENV)/dev: $(VENV)/serve
+	@echo "tokenry: installing what the tests need (about a minute)"
+	@$(INSTALL) --no-build-isolation -e '.[bench,dev,hf]'
+	@touch $@
