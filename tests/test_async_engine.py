@@ -36,10 +36,7 @@ def run(story, **environ):
 
 
 async def last(stream):
-    output = None
-    async for output in stream:
-        pass
-    return output
+    return [output async for output in stream][-1]
 
 
 async def until_idle(engine):
@@ -130,13 +127,14 @@ def test_engine_process_ends_with_its_parent(tmp_path):
         "from tokenry.async_engine import AsyncEngine\n"
         "from tokenry.config import EngineConfig\n"
         "async def main():\n"
-        "    engine = await AsyncEngine.start(EngineConfig(model='demo'), factory='toy_engine:make')\n"
+        "    config = EngineConfig(model='demo')\n"
+        "    engine = await AsyncEngine.start(config, factory='toy_engine:make')\n"
         "    print(engine.pid, flush=True)\n"
         "    os._exit(9)\n"
         "asyncio.run(main())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
     )
     pid = int(done.stdout)
     for _ in range(100):

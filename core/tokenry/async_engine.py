@@ -287,6 +287,8 @@ class AsyncEngine:
         self._die(EngineDead("The engine was shut down."))
         process = self._process
         if process is not None and process.returncode is None:
+            if self._ready is None:
+                process.terminate()  # it loads, and does not listen yet
             self._send(Shutdown())
             try:
                 await asyncio.wait_for(process.wait(), _END_GRACE_S)

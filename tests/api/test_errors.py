@@ -61,7 +61,9 @@ def test_wrong_chat_field_is_named(toy, change, param):
     ids=str,
 )
 def test_wrong_completion_field_is_named(toy, change, param):
-    assert error_of(toy.http.post("/v1/completions", json={**TEXT, **change}), 400)["param"] == param
+    assert (
+        error_of(toy.http.post("/v1/completions", json={**TEXT, **change}), 400)["param"] == param
+    )
 
 
 def test_missing_prompt_is_named(toy):

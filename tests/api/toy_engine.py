@@ -1,6 +1,6 @@
-"""A real EngineCore over a runner that needs no model: the next token is a function of the last one and of the seed.
+"""A real EngineCore over a runner without a model: a token follows from the last one and the seed.
 
-Its factory is given to the engine process by name. SLOW_S in the environment makes its steps slow.
+Its factory is given to the engine process by name; TOY_STEP_S makes its steps slow.
 """
 
 import os

@@ -87,7 +87,7 @@ def _prompt(value: Any, where: str, wanted: CompletionRequest, tokenizer: Tokeni
 
 
 class CompletionAnswer:
-    """The answer's fields that do not change, and its two forms. Choice = prompt * n + completion."""
+    """The answer's fixed fields, and its two forms. Choice = prompt * n + completion."""
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class RequestId:
 
 
 class ApiKey:
-    """401 for a request without one of the keys, if there are any; OPTIONS and public paths pass."""
+    """401 for a request without one of the keys; OPTIONS and public paths pass."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
         self._app = app

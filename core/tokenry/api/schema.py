@@ -154,7 +154,7 @@ _COPIED = [
 
 
 def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, list[str]]:
-    """The request, and the names of the fields that mean nothing here (400 for them if `strict`)."""
+    """The request, and the fields that mean nothing here (400 for them if `strict`)."""
     _refuse(data)
     known = {f.name for f in msgspec.structs.fields(kind)}
     unknown = sorted(set(data) - known - HARMLESS - set(REFUSED) - set(_NEUTRAL))

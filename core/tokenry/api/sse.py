@@ -30,7 +30,7 @@ def frame(data: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Streams `events`; they are closed when the client goes, so that their requests are aborted."""
+    """Streams `events`; `at_end` is called in every case, also when the client goes."""
 
     media_type = "text/event-stream"
 

@@ -1,0 +1,102 @@
+"""The command line: quick help, one cause per error, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import tokenry
+from tokenry.cli import main
+
+
+def run(*args, **more):
+    command = [sys.executable, "-m", "tokenry", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **more)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["serve", "--help"], ["chat", "--help"]], ids=str)
+def test_help_imports_nothing_heavy(args):
+    script = (
+        "import sys; from tokenry.cli import main\n"
+        f"try: main({args!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'starlette', 'tokenizers', 'zmq'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: tokenry" in done.stdout
+
+
+def test_version():
+    assert run("version").stdout.strip() == tokenry.__version__
+
+
+def test_no_command_prints_help_and_is_an_error(capsys):
+    assert main([]) == 2
+    assert "serve" in capsys.readouterr().out
+
+
+def test_devices_lists_the_cpu_and_with_all_the_simulators(capsys):
+    assert main(["devices"]) == 0
+    assert "cpu" in capsys.readouterr().out
+    assert main(["devices", "--all"]) == 0
+    assert "sim-" in capsys.readouterr().out
+
+
+def test_wrong_value_is_one_cause_without_traceback():
+    done = run("serve", "demo", "--port", "eighty")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "ConfigError: --port: 'eighty' is not a int."
+
+
+def test_unknown_key_of_the_config_file_is_named(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: demo\nprot: 8000\n")
+    done = run("serve", "--config", str(file))
+    assert done.returncode == 2
+    assert "unknown key 'prot'" in done.stderr
+    assert "'port'" in done.stderr
+
+
+def test_serve_without_a_model_says_so():
+    done = run("serve")
+    assert done.returncode == 2
+    assert "model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_chat_without_a_server_says_how_to_start_one():
+    done = run("chat", "--url", "http://127.0.0.1:9", input="hello\n")
+    assert done.returncode == 1
+    assert "No server answers at http://127.0.0.1:9" in done.stderr
+    assert "tokenry serve" in done.stderr
+
+
+def test_chat_streams_from_a_server(tmp_path):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    class Canned(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            for text in ("Once ", "upon"):
+                self.wfile.write(
+                    b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n' % text.encode()
+                )
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Canned)
+    Thread(target=server.serve_forever, daemon=True).start()
+    done = run("chat", "--url", f"http://127.0.0.1:{server.server_port}", input="hello\n")
+    server.shutdown()
+    assert (done.returncode, done.stdout) == (0, "Once upon\n")
