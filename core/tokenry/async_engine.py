@@ -26,19 +26,8 @@ import zmq
 import zmq.asyncio
 
 from tokenry.config import EngineConfig
-from tokenry.engine_process import DEFAULT_FACTORY
-from tokenry.errors import (
-    BackendError,
-    ConfigError,
-    DeviceOOM,
-    EngineDead,
-    KVCacheTooSmall,
-    ModelLoadError,
-    NoBackend,
-    TokenryError,
-    UnknownArchitecture,
-    Unsupported,
-)
+from tokenry.engine_process import DEFAULT_FACTORY, error_of
+from tokenry.errors import EngineDead, TokenryError
 from tokenry.hub import find_model
 from tokenry.messages import (
     Abort,
@@ -60,19 +49,6 @@ from tokenry.text.tokenizer import Tokenizer
 
 _END_GRACE_S = 5.0
 _LAST_WORDS_MS = 100
-_START_ERRORS: dict[str, type[TokenryError]] = {
-    kind.__name__: kind
-    for kind in (
-        BackendError,
-        ConfigError,
-        DeviceOOM,
-        KVCacheTooSmall,
-        ModelLoadError,
-        NoBackend,
-        UnknownArchitecture,
-        Unsupported,
-    )
-}
 _MAX_SOCKET_PATH = 100
 """A unix socket's path may have 107 bytes (sun_path of unix(7))."""
 
@@ -386,8 +362,7 @@ class AsyncEngine:
     def _cause(self, code: int) -> TokenryError:
         failure = self._failure
         if failure is not None and self._ready is None:
-            kind = _START_ERRORS.get(failure.error_type, TokenryError)
-            return kind(failure.message, mend=failure.mend)
+            return error_of(failure)
         if failure is not None:
             what = f"The engine process ended with exit code {code}: {failure.message}"
         elif code < 0:

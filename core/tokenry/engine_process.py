@@ -25,7 +25,17 @@ import msgspec
 import zmq
 
 from tokenry.config import EngineConfig, environment
-from tokenry.errors import TokenryError
+from tokenry.errors import (
+    BackendError,
+    ConfigError,
+    DeviceOOM,
+    KVCacheTooSmall,
+    ModelLoadError,
+    NoBackend,
+    TokenryError,
+    UnknownArchitecture,
+    Unsupported,
+)
 from tokenry.messages import (
     Abort,
     AddRequest,
@@ -44,6 +54,19 @@ from tokenry.messages import (
 DEFAULT_FACTORY = "tokenry.assemble:assemble"
 STATS_INTERVAL_S = 1.0
 EXIT_FAILED = 1
+_START_ERRORS: dict[str, type[TokenryError]] = {
+    kind.__name__: kind
+    for kind in (
+        BackendError,
+        ConfigError,
+        DeviceOOM,
+        KVCacheTooSmall,
+        ModelLoadError,
+        NoBackend,
+        UnknownArchitecture,
+        Unsupported,
+    )
+}
 
 
 class Engine(Protocol):
@@ -230,6 +253,12 @@ def failure_of(error: BaseException) -> Failed:
     if isinstance(error, TokenryError):
         return Failed(message=error.message, mend=error.mend, error_type=type(error).__name__)
     return Failed(message=f"{type(error).__name__}: {error}", error_type=type(error).__name__)
+
+
+def error_of(failure: Failed) -> TokenryError:
+    """The error that `failure_of` told of, on the other side."""
+    kind = _START_ERRORS.get(failure.error_type, TokenryError)
+    return kind(failure.message, mend=failure.mend)
 
 
 def find_factory(dotted: str) -> Factory:
