@@ -1,1 +1,1 @@
-
+"""Models: their config, their weights, and their layers over the seven ops. See `registry.py`."""

@@ -1,0 +1,368 @@
+"""The parts that decoders are made of: each holds its weights and finds its op once, when it is built.
+
+Plain classes, not torch modules: a step calls them a few hundred times, and nothing here is trained. A part asks the
+`Loader` for the checkpoint tensors it is made of; a merged linear is packed as soon as its last part has come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenry.backend.base import Op, StepBatch, WeightIter
+from tokenry.backend.ops import OpTable
+from tokenry.errors import ModelLoadError
+
+Accept = Callable[[Tensor], None]
+
+
+class Loader:
+    """Brings checkpoint tensors to the parts that expect them. Owned by the model being built."""
+
+    def __init__(self, ops: OpTable, *, dtype: str, device: str) -> None:
+        self.ops = ops
+        self.dtype_name = dtype
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.device = device
+        self._expected: dict[str, tuple[tuple[int, ...], Accept]] = {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Expected tensors."""
+        return {name: shape for name, (shape, _) in self._expected.items()}
+
+    def expect(self, name: str, shape: tuple[int, ...], accept: Accept) -> None:
+        """`accept` wants this tensor."""
+        self._expected[name] = (shape, accept)
+
+    def load(self, weights: WeightIter, ignorable: Callable[[str], bool]) -> None:
+        """Deliver all tensors. Raises ModelLoadError for a missing, unexpected or misshapen one."""
+        missing = dict(self._expected)
+        for name, tensor in weights:
+            entry = missing.pop(name, None)
+            if entry is None:
+                if name not in self._expected and not ignorable(name):
+                    raise ModelLoadError(
+                        f"The checkpoint has a tensor {name} {list(tensor.shape)} that this "
+                        "architecture does not know.",
+                        mend="check config.json's architectures, or the file the tensor came from",
+                    )
+                continue
+            shape, accept = entry
+            if tuple(tensor.shape) != shape:
+                raise ModelLoadError(
+                    f"Tensor {name} has shape {list(tensor.shape)}, config.json says {list(shape)}."
+                )
+            accept(tensor.to(self.device, self.dtype))
+        if missing:
+            names = ", ".join(sorted(missing)[:3])
+            raise ModelLoadError(
+                f"The checkpoint lacks {len(missing)} tensors, among them {names}."
+            )
+
+
+class Linear:
+    """x @ W.T + b through the `linear` op; W may be several checkpoint tensors, stacked along the output."""
+
+    def __init__(
+        self, loader: Loader, names: Sequence[str], sizes: Sequence[int], width: int, *, bias: bool
+    ) -> None:
+        self._op: Op = loader.ops.resolve(
+            "linear", dtype=loader.dtype_name, in_features=width, out_features=sum(sizes)
+        )
+        self.weights: Any = None
+        parts: dict[str, Tensor] = {}
+        kinds = ("weight", "bias") if bias else ("weight",)
+        total = len(names) * len(kinds)
+
+        def accept(key: str) -> Accept:
+            def take(tensor: Tensor) -> None:
+                parts[key] = tensor
+                if len(parts) == total:
+                    raw = {k: torch.cat([parts.pop(f"{n}.{k}") for n in names]) for k in kinds}
+                    self.weights = self._op.pack(raw)
+
+            return take
+
+        for name, size in zip(names, sizes, strict=True):
+            loader.expect(f"{name}.weight", (size, width), accept(f"{name}.weight"))
+            if bias:
+                loader.expect(f"{name}.bias", (size,), accept(f"{name}.bias"))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, sum(sizes)]."""
+        y: Tensor = self._op(x, self.weights)
+        return y
+
+
+class RmsNorm:
+    """Through the `rms_norm` op. plus_one: the checkpoint stores weight - 1 (Gemma)."""
+
+    def __init__(
+        self, loader: Loader, name: str, size: int, eps: float, *, plus_one: bool = False
+    ) -> None:
+        self._op: Op = loader.ops.resolve("rms_norm", dtype=loader.dtype_name, size=size)
+        self._eps = eps
+        self.weight = torch.empty(0)
+
+        def take(tensor: Tensor) -> None:
+            self.weight = tensor.float() + 1 if plus_one else tensor
+
+        loader.expect(f"{name}.weight", (size,), take)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of x."""
+        y: Tensor = self._op(x, self.weight, self._eps)
+        return y
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x + residual, and that sum."""
+        y: tuple[Tensor, Tensor] = self._op(x, self.weight, self._eps, residual)
+        return y
+
+
+class LayerNorm:
+    """Mean and variance normalisation with bias."""
+
+    def __init__(self, loader: Loader, name: str, size: int, eps: float) -> None:
+        self._eps = eps
+        self._size = (size,)
+        self.weight = self.bias = torch.empty(0)
+        loader.expect(f"{name}.weight", self._size, lambda t: setattr(self, "weight", t))
+        loader.expect(f"{name}.bias", self._size, lambda t: setattr(self, "bias", t))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of x."""
+        return functional.layer_norm(x, self._size, self.weight, self.bias, self._eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x + residual, and that sum."""
+        total = x + residual
+        return self(total), total
+
+
+Norm = RmsNorm | LayerNorm
+
+
+class Embedding:
+    """Rows of a table."""
+
+    def __init__(self, loader: Loader, name: str, count: int, size: int) -> None:
+        self.weight = torch.empty(0)
+        self._listeners: list[Accept] = []
+        loader.expect(f"{name}.weight", (count, size), self._take)
+
+    def _take(self, tensor: Tensor) -> None:
+        self.weight = tensor
+        for listener in self._listeners:
+            listener(tensor)
+
+    def tie(self, listener: Accept) -> None:
+        """Somebody else wants the same table."""
+        self._listeners.append(listener)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """[T, size]."""
+        return functional.embedding(ids, self.weight)
+
+
+class LMHead:
+    """Logits of the wanted rows; its weight may be the embedding's."""
+
+    def __init__(self, loader: Loader, size: int, vocab: int, *, tied: Embedding | None) -> None:
+        self._op: Op = loader.ops.resolve(
+            "linear", dtype=loader.dtype_name, in_features=size, out_features=vocab
+        )
+        self.weights: Any = None
+
+        def take(tensor: Tensor) -> None:
+            self.weights = self._op.pack({"weight": tensor})
+
+        if tied is None:
+            loader.expect("lm_head.weight", (vocab, size), take)
+        else:
+            tied.tie(take)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[R, vocab] float32."""
+        y: Tensor = self._op(x, self.weights)
+        return y.float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """What one layer's attention is. qk_norm: none, per head (Qwen3, Gemma 3), or over all heads (OLMo 2)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: str = "none"
+    qkv_names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out_name: str = "o_proj"
+
+
+class Attention:
+    """Projections, rotation, the `attention` op on this layer's KV, projection."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        name: str,
+        hidden: int,
+        plan: AttentionPlan,
+        *,
+        table: Tensor | None,
+        norm: Callable[[Loader, str, int], RmsNorm],
+    ) -> None:
+        p = self._plan = plan
+        self._q_size, self._kv_size = p.num_heads * p.head_dim, p.num_kv_heads * p.head_dim
+        sizes: tuple[int, ...] = (self._q_size, self._kv_size, self._kv_size)
+        if len(p.qkv_names) == 1:
+            sizes = (sum(sizes),)
+        names = [f"{name}.{part}" for part in p.qkv_names]
+        self._qkv = Linear(loader, names, sizes, hidden, bias=p.qkv_bias)
+        self._out = Linear(
+            loader, [f"{name}.{p.out_name}"], [hidden], self._q_size, bias=p.out_bias
+        )
+        self._table = None if table is None else table.to(loader.device)
+        self._rope = loader.ops.resolve("rope", dtype=loader.dtype_name, head_dim=p.head_dim)
+        self._attention = loader.ops.resolve(
+            "attention",
+            dtype=loader.dtype_name,
+            head_dim=p.head_dim,
+            num_heads=p.num_heads,
+            num_kv_heads=p.num_kv_heads,
+            window=p.window,
+            softcap=p.softcap,
+        )
+        self._q_norm = self._k_norm = None
+        if p.qk_norm != "none":
+            per_head = p.qk_norm == "head"
+            self._q_norm = norm(loader, f"{name}.q_norm", p.head_dim if per_head else self._q_size)
+            self._k_norm = norm(loader, f"{name}.k_norm", p.head_dim if per_head else self._kv_size)
+
+    def __call__(self, x: Tensor, batch: StepBatch, kv_layer: Any) -> Tensor:
+        """[T, hidden]."""
+        p = self._plan
+        T = x.shape[0]
+        q, k, v = self._qkv(x).split((self._q_size, self._kv_size, self._kv_size), dim=-1)
+        if p.qk_norm == "full" and self._q_norm and self._k_norm:
+            q, k = self._q_norm(q), self._k_norm(k)
+        q, k = q.reshape(T, p.num_heads, p.head_dim), k.reshape(T, p.num_kv_heads, p.head_dim)
+        if p.qk_norm == "head" and self._q_norm and self._k_norm:
+            q, k = self._q_norm(q), self._k_norm(k)
+        if self._table is not None:
+            q, k = self._rope(q, k, batch.positions, self._table)
+        v = v.reshape(T, p.num_kv_heads, p.head_dim)
+        y = self._attention(
+            q, k, v, kv_layer, batch, scale=p.scale, window=p.window, softcap=p.softcap
+        )
+        return self._out(y)
+
+
+class GatedMlp:
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        name: str,
+        hidden: int,
+        inner: int,
+        *,
+        kind: str,
+        bias: bool = False,
+        merged: bool = False,
+    ) -> None:
+        self._kind = kind
+        self._op = loader.ops.resolve("act_mul", dtype=loader.dtype_name, kind=kind)
+        if merged:
+            self._in = Linear(loader, [f"{name}.gate_up_proj"], [2 * inner], hidden, bias=bias)
+        else:
+            names = [f"{name}.gate_proj", f"{name}.up_proj"]
+            self._in = Linear(loader, names, [inner, inner], hidden, bias=bias)
+        self._out = Linear(loader, [f"{name}.down_proj"], [hidden], inner, bias=bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden]."""
+        return self._out(self._op(self._in(x), self._kind))
+
+
+class PlainMlp:
+    """out(gelu_tanh(in(x))), with biases (GPT-2)."""
+
+    def __init__(self, loader: Loader, names: tuple[str, str], hidden: int, inner: int) -> None:
+        self._in = Linear(loader, [names[0]], [inner], hidden, bias=True)
+        self._out = Linear(loader, [names[1]], [hidden], inner, bias=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden]."""
+        return self._out(functional.gelu(self._in(x), approximate="tanh"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoePlan:
+    """A mixture of experts and its names in the checkpoint: gate, up and down of an expert."""
+
+    num_experts: int
+    top_k: int
+    inner: int
+    renormalize: bool
+    name: str = "mlp"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+class Moe:
+    """A router and experts through the `moe` op; experts are stacked as they come."""
+
+    def __init__(self, loader: Loader, name: str, hidden: int, plan: MoePlan, kind: str) -> None:
+        self._plan, self._kind = plan, kind
+        n, inner = plan.num_experts, plan.inner
+        self._op = loader.ops.resolve(
+            "moe", dtype=loader.dtype_name, num_experts=n, top_k=plan.top_k, kind=kind
+        )
+        self._router = Linear(loader, [f"{name}.gate"], [n], hidden, bias=False)
+        w13 = torch.empty(n, 2 * inner, hidden, dtype=loader.dtype, device=loader.device)
+        w2 = torch.empty(n, hidden, inner, dtype=loader.dtype, device=loader.device)
+        self.weights: Any = None
+        left = 3 * n
+
+        def into(target: Tensor) -> Accept:
+            def take(tensor: Tensor) -> None:
+                nonlocal left
+                target.copy_(tensor)
+                left -= 1
+                if left == 0:
+                    self.weights = self._op.pack({"w13": w13, "w2": w2})
+
+            return take
+
+        gate, up, down = plan.parts
+        for e in range(n):
+            at = f"{name}.experts.{e}"
+            loader.expect(f"{at}.{gate}.weight", (inner, hidden), into(w13[e, :inner]))
+            loader.expect(f"{at}.{up}.weight", (inner, hidden), into(w13[e, inner:]))
+            loader.expect(f"{at}.{down}.weight", (hidden, inner), into(w2[e]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden]."""
+        p = self._plan
+        y: Tensor = self._op(
+            x,
+            self._router(x),
+            self.weights,
+            top_k=p.top_k,
+            renormalize=p.renormalize,
+            kind=self._kind,
+        )
+        return y
