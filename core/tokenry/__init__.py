@@ -1,4 +1,6 @@
-"""tokenry: serve large language models on any accelerator. The public names, imported when they are first used."""
+"""tokenry: serve large language models on any accelerator. The public names, imported when they are
+first used.
+"""
 
 from __future__ import annotations
 

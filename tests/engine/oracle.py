@@ -1,7 +1,9 @@
 """A runner without a device that is the oracle of the engine: it knows what every KV slot holds.
 
-Its "model" draws the next token from a hash of all tokens before it. It computes that hash only from the simulated KV,
-so a block that was handed out twice, read before it was written, or found under a wrong hash changes the tokens or
+Its "model" draws the next token from a hash of all tokens before it. It computes that hash only
+from the simulated KV,
+so a block that was handed out twice, read before it was written, or found under a wrong hash
+changes the tokens or
 raises.
 """
 
@@ -55,7 +57,9 @@ class Held:
 
 @dataclass
 class OracleRunner:
-    """Runs plans against a dict of slots. `fail_at`: steps that raise; `bad_rows`: ids whose row reports an error."""
+    """Runs plans against a dict of slots. `fail_at`: steps that raise; `bad_rows`: ids whose row
+    reports an error.
+    """
 
     block_size: int
     fail_at: frozenset[int] = frozenset()

@@ -9,7 +9,9 @@ SIZE = 4
 
 
 class Blocks(RuleBasedStateMachine):
-    """Random holders; after every rule the books agree and a found prefix holds what it was entered for."""
+    """Random holders; after every rule the books agree and a found prefix holds what it was entered
+    for.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """The plans of three loads, step by step, as they were when they were last looked at.
 
-A refactoring must not change them. A change that is meant: run this file as a program, read the diff, commit it.
+A refactoring must not change them. A change that is meant: run this file as a program, read the
+diff, commit it.
 """
 
 import random
@@ -58,7 +59,9 @@ def _engine(**changes: object) -> tuple[EngineCore, OracleRunner]:
 
 
 def text(plan: StepPlan) -> str:
-    """One plan in one line: rows as id[computed+new], blocks added in braces, * where a token is drawn."""
+    """One plan in one line: rows as id[computed+new], blocks added in braces, * where a token is
+    drawn.
+    """
     parts = [f"forget {name}" for name in plan.forget]
     parts += [
         f"new {n.request_id}({len(n.token_ids)} tokens, cached {list(n.block_ids)})"

@@ -1,0 +1,126 @@
+"""Where every byte goes: does the model fit, how many KV blocks beside it, how long a context, how
+many at once.
+
+In: sizes of model and device, limits of the config. Out: a plan with its ledger, or an error with
+the figures and the
+flag that helps. No tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tokenry.backend.base import Backend
+from tokenry.backend.contract import KVPlan, KVSpec, MemoryInfo
+from tokenry.errors import KVCacheTooSmall
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLimits:
+    """The config's say on memory; None: as the device allows."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    memory_fraction: float
+    kv_cache_bytes: int | None = None
+    num_kv_blocks: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What was decided; notes are lines for the start-up log."""
+
+    num_blocks: int
+    max_model_len: int
+    ledger: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def check_weights_fit(weight_bytes: int, memory: MemoryInfo, fraction: float) -> None:
+    """Raises KVCacheTooSmall before anything is loaded, if the weights alone cannot fit."""
+    budget = min(int(memory.total * fraction), memory.used + memory.free)
+    if weight_bytes + memory.used <= budget:
+        return
+    raise KVCacheTooSmall(
+        f"The weights need {weight_bytes / GIB:.2f} GiB, {max(0, budget - memory.used) / GIB:.2f} GiB "
+        f"of {memory.total / GIB:.2f} GiB may be used (fraction {fraction}).",
+        mend=f"--memory-fraction higher (now {fraction}), a smaller --dtype, or a smaller model",
+    )
+
+
+def plan_memory(
+    backend: Backend,
+    spec: KVSpec,
+    limits: MemoryLimits,
+    *,
+    model_len: int,
+    probe: Callable[[], None] | None,
+) -> MemoryPlan:
+    """Blocks and context that fit. `model_len` is the longest context that the model knows."""
+    wanted = limits.max_model_len or model_len
+    memory = backend.memory()
+    budget = int(memory.total * limits.memory_fraction)
+    if limits.num_kv_blocks is not None:
+        plan = _fixed(memory, spec, limits.num_kv_blocks)
+    elif limits.kv_cache_bytes is not None:
+        plan = _fixed(memory, spec, limits.kv_cache_bytes // spec.block_bytes)
+    else:
+        plan = backend.plan_kv(spec, budget, probe)
+    useful = 2 * limits.max_num_seqs * -(-wanted // spec.block_size) + 1
+    num_blocks = min(plan.num_blocks, useful)
+    ledger = {**plan.ledger, "kv": num_blocks * spec.block_bytes}
+    fits = (num_blocks - 1) * spec.block_size
+    if fits >= wanted:
+        return MemoryPlan(num_blocks=num_blocks, max_model_len=wanted, ledger=ledger, notes=())
+    if limits.max_model_len is not None or fits < spec.block_size:
+        raise _too_small(spec, limits, wanted, fits, num_blocks)
+    note = (
+        f"max_model_len fitted to {fits} of the model's {wanted}: the KV cache has "
+        f"{num_blocks * spec.block_bytes / GIB:.2f} GiB"
+    )
+    return MemoryPlan(num_blocks=num_blocks, max_model_len=fits, ledger=ledger, notes=(note,))
+
+
+def _fixed(memory: MemoryInfo, spec: KVSpec, num_blocks: int) -> KVPlan:
+    kv = num_blocks * spec.block_bytes
+    if kv > memory.free:
+        raise KVCacheTooSmall(
+            f"{num_blocks} KV blocks need {kv / GIB:.2f} GiB, {memory.free / GIB:.2f} GiB is free.",
+            mend="--num-kv-blocks or --kv-cache-bytes lower",
+        )
+    ledger = {"weights": memory.used, "activations": 0, "programs": 0, "margin": 0, "kv": kv}
+    return KVPlan(num_blocks=num_blocks, ledger=ledger)
+
+
+def _too_small(
+    spec: KVSpec, limits: MemoryLimits, wanted: int, fits: int, num_blocks: int
+) -> KVCacheTooSmall:
+    need = -(-wanted // spec.block_size) * spec.block_bytes
+    mends = [f"--max-model-len {fits}"] if fits >= spec.block_size else []
+    if limits.num_kv_blocks is None and limits.kv_cache_bytes is None:
+        mends.append(f"--memory-fraction higher (now {limits.memory_fraction})")
+    else:
+        mends.append("--num-kv-blocks or --kv-cache-bytes higher")
+    return KVCacheTooSmall(
+        f"One {wanted}-token request needs {need / GIB:.3f} GiB of KV cache, "
+        f"{max(0, num_blocks - 1) * spec.block_bytes / GIB:.3f} GiB is there "
+        f"({max(0, num_blocks - 1)} blocks of {spec.block_size} tokens).",
+        mend=", or ".join(mends),
+    )
+
+
+def ledger_lines(plan: MemoryPlan, block_size: int) -> tuple[str, ...]:
+    """The ledger as text: a line per item, then the context and how many full-length requests fit
+    at once.
+    """
+    lines = [f"  {name:<12} {size / GIB:8.3f} GiB" for name, size in plan.ledger.items()]
+    per_request = -(-plan.max_model_len // block_size)
+    lines.append(
+        f"  {plan.num_blocks} blocks of {block_size} tokens: context {plan.max_model_len}, "
+        f"{(plan.num_blocks - 1) / per_request:.1f} requests of that length at once"
+    )
+    return tuple(lines)

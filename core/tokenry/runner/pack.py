@@ -1,0 +1,209 @@
+"""One launch as arrays, then as tensors: one int32 buffer, one copy to the device.
+
+In: shares of a plan with the requests' host state, and the bucket. Out: `HostBatch`, `StepBatch`.
+The layout of the
+buffer is fixed by the bucket, so a captured program always finds its inputs in the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenry.backend.base import Backend, StepBatch
+from tokenry.backend.contract import Bucket, Caps, HostBatch, IntArray
+from tokenry.runner.requests import RequestState
+from tokenry.runner.shapes import Launch, Need, Share
+
+FIELDS = (
+    "token_ids", "positions", "slots", "prev_row", "q_start", "q_lens", "seq_lens", "block_table",
+    "logit_rows",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A launch, ready to copy. `feeds_back`: some token is to be taken from the last step's sampled
+    ones.
+    """
+
+    host: HostBatch
+    feeds_back: bool
+
+
+def need_of(launch: Launch, block_size: int) -> Need:
+    """What the launch needs of a bucket."""
+    blocks = [-(-(s.start + s.count) // block_size) for s in launch.shares]
+    counts = [s.count for s in launch.shares]
+    return Need(
+        phase=launch.phase,
+        seqs=len(counts),
+        tokens=sum(counts),
+        q=max(counts),
+        kv_widest=max(blocks),
+        kv_total=sum(blocks),
+        scored=launch.scored,
+    )
+
+
+def table_width(bucket: Bucket, need: Need, caps: Caps, max_blocks: int) -> int:
+    """Columns of the block table: the bucket's, the widest the device can meet, or just what is
+    needed.
+    """
+    if caps.shapes.kv_axis == "per_seq":
+        return bucket.kv_blocks
+    return max_blocks if caps.shapes.static or caps.graphs != "none" else need.kv_widest
+
+
+def pack(
+    launch: Launch,
+    states: Sequence[RequestState],
+    bucket: Bucket,
+    *,
+    width: int,
+    block_size: int,
+    uniform_q: bool,
+) -> Packed:
+    """Fill a launch's arrays; `states` are the requests of its shares, in order."""
+    T, S = bucket.tokens, bucket.seqs
+    arrays = _blank(bucket, width)
+    starts = np.array([s.start for s in launch.shares], np.int32)
+    counts = np.array([s.count for s in launch.shares], np.int32)
+    n = len(counts)
+    q = T // S
+    firsts = np.arange(n, dtype=np.int32) * q if uniform_q else np.cumsum(counts) - counts
+    if counts.max() == 1:
+        feeds_back = _fill_single(launch.shares, states, firsts, starts, arrays, block_size)
+    else:
+        feeds_back = _fill_chunks(launch.shares, states, firsts, arrays, block_size)
+    arrays["q_lens"][:n] = counts
+    arrays["seq_lens"][:n] = starts + counts
+    arrays["q_start"][:n] = firsts
+    rest = np.minimum(np.arange(n, S + 1) * q, T) if uniform_q else int(counts.sum())
+    arrays["q_start"][n:] = rest
+    if bucket.logits == "all":
+        arrays["logit_rows"][:] = np.arange(T, dtype=np.int32)
+    else:
+        arrays["logit_rows"][:n] = firsts + counts - 1
+    return Packed(HostBatch(bucket=bucket, **arrays), feeds_back)
+
+
+def _fill_single(
+    shares: Sequence[Share],
+    states: Sequence[RequestState],
+    firsts: NDArray[Any],
+    starts: IntArray,
+    arrays: dict[str, IntArray],
+    block_size: int,
+) -> bool:
+    """Rows of one token each: known tokens from the host, the others from the device."""
+    feeds_back = False
+    token_ids, prev_row, table = arrays["token_ids"], arrays["prev_row"], arrays["block_table"]
+    lasts = starts // block_size
+    for i, (at, last, share, state) in enumerate(
+        zip(firsts.tolist(), lasts.tolist(), shares, states, strict=True)
+    ):
+        table[i, : last + 1] = state.blocks[: last + 1]
+        if share.start < state.num_known:
+            token_ids[at] = state.tokens[share.start]
+        else:
+            prev_row[at] = _feedback(state)
+            feeds_back = True
+    arrays["positions"][firsts] = starts
+    held = table[np.arange(len(starts)), lasts]
+    arrays["slots"][firsts] = held * block_size + starts % block_size
+    return feeds_back
+
+
+def _fill_chunks(
+    shares: Sequence[Share],
+    states: Sequence[RequestState],
+    firsts: NDArray[Any],
+    arrays: dict[str, IntArray],
+    block_size: int,
+) -> bool:
+    """Rows of any length; only a row's last token can be unknown to the host."""
+    feeds_back = False
+    for i, (a, share, state) in enumerate(zip(firsts.tolist(), shares, states, strict=True)):
+        b, end = a + share.count, share.start + share.count
+        known = min(end, state.num_known)
+        arrays["token_ids"][a : a + known - share.start] = state.tokens[share.start : known]
+        if end > state.num_known:
+            arrays["prev_row"][b - 1] = _feedback(state)
+            feeds_back = True
+        used = -(-end // block_size)
+        arrays["block_table"][i, :used] = state.blocks[:used]
+        at = np.arange(share.start, end, dtype=np.int32)
+        arrays["positions"][a:b] = at
+        arrays["slots"][a:b] = state.blocks[at // block_size] * block_size + at % block_size
+    return feeds_back
+
+
+def _feedback(state: RequestState) -> int:
+    assert state.feedback is not None, "planned a token that was never sampled"
+    return state.feedback
+
+
+def _blank(bucket: Bucket, width: int) -> dict[str, IntArray]:
+    """Zeroed arrays of a bucket, prev_row -1, as views of one buffer."""
+    sizes = _sizes(bucket, width)
+    buffer = np.zeros(sum(sizes.values()), np.int32)
+    arrays: dict[str, IntArray] = {}
+    at = 0
+    for name, size in sizes.items():
+        arrays[name] = buffer[at : at + size]
+        at += size
+    arrays["block_table"] = arrays["block_table"].reshape(bucket.seqs, width)
+    arrays["prev_row"].fill(-1)
+    return arrays
+
+
+def _sizes(bucket: Bucket, width: int) -> dict[str, int]:
+    T, S = bucket.tokens, bucket.seqs
+    R = T if bucket.logits == "all" else S
+    return dict(zip(FIELDS, (T, T, T, T, S + 1, S, S, S * width, R), strict=True))
+
+
+def blank_batch(bucket: Bucket, width: int, *, uniform_q: bool) -> HostBatch:
+    """A batch of one-token rows on the null block, as large as the bucket: for warm-up, capture and
+    probing.
+
+    Every row is live (q_lens fill the bucket) so that the worst case is what runs; all KV goes to
+    block 0.
+    """
+    arrays = _blank(bucket, width)
+    T, S = bucket.tokens, bucket.seqs
+    q = max(1, T // S)
+    lens = np.full(S, q, np.int32)
+    lens[-1] = q if uniform_q else T - q * (S - 1)
+    arrays["q_lens"][:] = lens
+    arrays["seq_lens"][:] = lens
+    arrays["q_start"][1:] = np.cumsum(lens)
+    arrays["positions"][:] = np.arange(T) - np.repeat(arrays["q_start"][:-1], lens)
+    arrays["logit_rows"][:] = np.arange(T) if bucket.logits == "all" else arrays["q_start"][1:] - 1
+    return HostBatch(bucket=bucket, **arrays)
+
+
+def to_device(host: HostBatch, backend: Backend) -> tuple[StepBatch, Tensor]:
+    """The batch on the device, and prev_row beside it: one buffer, one copy."""
+    host = replace(host, extra=backend.attn_inputs(host))
+    named: list[tuple[str, NDArray[Any]]] = [(name, getattr(host, name)) for name in FIELDS]
+    named += [(f"extra.{name}", array) for name, array in host.extra.items()]
+    buffer = np.concatenate([array.reshape(-1) for _, array in named], dtype=np.int32)
+    whole = torch.from_numpy(buffer).to(backend.caps.input_device, non_blocking=True)
+    tensors: dict[str, Tensor] = {}
+    at = 0
+    for name, array in named:
+        tensors[name] = whole[at : at + array.size].view(array.shape)
+        at += array.size
+    prev_row = tensors.pop("prev_row")
+    extra = {
+        n.removeprefix("extra."): tensors.pop(n) for n in list(tensors) if n.startswith("extra.")
+    }
+    return StepBatch(bucket=host.bucket, extra=extra, **tensors), prev_row

@@ -1,0 +1,62 @@
+"""What the runner keeps of a request between steps, on the host.
+
+Owned by ModelRunner, written on the thread that runs steps. A token that was sampled in the last
+step is on the device
+only; `feedback` says where, until the host learns it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenry.backend.contract import IntArray
+from tokenry.params import SamplingParams
+from tokenry.plan import NewRequest
+
+
+class RequestState:
+    """Owned by ModelRunner.
+
+    tokens     [capacity] int32; the first num_known are known.
+    blocks     [capacity] int32; the first num_blocks are held.
+    feedback   row of the last step's sampled tokens that holds token number num_known, None if
+               there is none.
+    """
+
+    __slots__ = (
+        "blocks", "feedback", "num_blocks", "num_known", "num_prompt", "params", "seed", "tokens"
+    )  # fmt: skip
+
+    def __init__(self, new: NewRequest, block_size: int) -> None:
+        self.params: SamplingParams = new.params
+        self.seed = new.seed
+        self.num_prompt = new.num_prompt
+        self.num_known = len(new.token_ids)
+        self.tokens: IntArray = np.zeros(self.num_known + 64, np.int32)
+        self.tokens[: self.num_known] = new.token_ids
+        self.num_blocks = len(new.block_ids)
+        room = max(self.num_blocks, self.num_known // block_size) + 8
+        self.blocks: IntArray = np.zeros(room, np.int32)
+        self.blocks[: self.num_blocks] = new.block_ids
+        self.feedback: int | None = None
+
+    def learn(self, token_ids: tuple[int, ...]) -> None:
+        """The host now knows the next tokens."""
+        end = self.num_known + len(token_ids)
+        if end > len(self.tokens):
+            self.tokens = np.concatenate((self.tokens, np.zeros(end, np.int32)))
+        self.tokens[self.num_known : end] = token_ids
+        self.num_known = end
+
+    def hold(self, block_ids: tuple[int, ...]) -> None:
+        """More blocks."""
+        end = self.num_blocks + len(block_ids)
+        if end > len(self.blocks):
+            self.blocks = np.concatenate((self.blocks, np.zeros(end, np.int32)))
+        self.blocks[self.num_blocks : end] = block_ids
+        self.num_blocks = end
+
+    @property
+    def history(self) -> IntArray:
+        """Known tokens, [num_known] int32."""
+        return self.tokens[: self.num_known]

@@ -1,0 +1,170 @@
+"""From a step's device tensors to its StepResult.
+
+Collects, launch by launch, what is to be copied to the host; once the copy is there, puts it
+together row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenry.plan import RowResult, StepPlan, StepResult, TokenLogprobs
+from tokenry.runner.requests import RequestState
+from tokenry.runner.sampler import Draw, Sampled, Scores, score
+from tokenry.runner.shapes import Launch, Share
+
+NAN_LOGITS = "The model's logits are NaN: its weights or this prompt overflow the dtype."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The result, and what the runner's request states learn from it."""
+
+    result: StepResult
+    lessons: list[tuple[RequestState, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """A launch's sampled rows: (row of the plan, row of the tensor)."""
+
+    pairs: list[tuple[int, int]]
+    at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scored:
+    """Scores of some tensor rows: which plan rows they are of, how many alternatives each wants."""
+
+    rows: list[int]
+    wanted: list[int]
+    at: int
+    prompt: bool
+
+
+class PartialStep:
+    """Owned by ModelRunner, for one step. `tensors` is what is to be fetched."""
+
+    def __init__(self, plan: StepPlan, states: Sequence[RequestState]) -> None:
+        self._plan = plan
+        self._states = states
+        self._errors: dict[str, str] = {}
+        self._sampled: list[_Rows] = []
+        self._scored: list[_Scored] = []
+        self.tensors: list[Tensor] = []
+
+    def fail(self, request_id: str, error: str) -> None:
+        """The row cannot be computed."""
+        self._errors[request_id] = error
+
+    def note_sampled(
+        self,
+        launch: Launch,
+        states: Sequence[RequestState],
+        draws: Sequence[Draw | None],
+        logits: Tensor,
+        sampled: Sampled,
+    ) -> None:
+        """A launch's draws, and the log-probabilities of those that want them."""
+        pairs = [(share.row, i) for i, share in enumerate(launch.shares) if share.sample]
+        if not pairs:
+            return
+        self._sampled.append(_Rows(pairs=pairs, at=len(self.tensors)))
+        self.tensors += [sampled.token_ids, sampled.broken]
+        wanting = [(row, i) for row, i in pairs if self._states[row].params.logprobs is not None]
+        if wanting:
+            index = torch.tensor([i for _, i in wanting], device=logits.device)
+            wanted = [self._states[row].params.logprobs or 0 for row, _ in wanting]
+            scores = score(logits[index], sampled.token_ids[index], max(wanted))
+            rows = [row for row, _ in wanting]
+            self._note_scores(scores, rows, wanted, prompt=False)
+
+    def note_prompt(self, share: Share, state: RequestState, logits: Tensor) -> None:
+        """Full logits [>= count, vocab] of one share: scores of the prompt tokens that follow
+        each.
+        """
+        end = min(share.start + share.count + 1, state.num_prompt)
+        targets = state.tokens[share.start + 1 : end]
+        if len(targets) == 0:
+            return
+        tokens = torch.from_numpy(targets.copy()).to(logits.device)
+        wanted = state.params.prompt_logprobs or 0
+        scores = score(logits[: len(targets)], tokens, wanted)
+        self._note_scores(
+            scores, [share.row] * len(targets), [wanted] * len(targets), prompt=True, tokens=tokens
+        )
+
+    def _note_scores(
+        self,
+        scores: Scores,
+        rows: list[int],
+        wanted: list[int],
+        *,
+        prompt: bool,
+        tokens: Tensor | None = None,
+    ) -> None:
+        self._scored.append(_Scored(rows=rows, wanted=wanted, at=len(self.tensors), prompt=prompt))
+        self.tensors += scores.tensors
+        if tokens is not None:
+            self.tensors.append(tokens)
+
+    def finish(self, arrays: Sequence[NDArray[Any]]) -> Outcome:
+        """Rows in the plan's order, from the fetched arrays."""
+        token_of: dict[int, int] = {}
+        for rows in self._sampled:
+            tokens, broken = arrays[rows.at], arrays[rows.at + 1]
+            any_broken = bool(broken.any())
+            for row, i in rows.pairs:
+                if any_broken and broken[i]:
+                    self.fail(self._plan.rows[row].request_id, NAN_LOGITS)
+                else:
+                    token_of[row] = int(tokens[i])
+        logprobs, prompt_logprobs = self._finish_scores(arrays, token_of)
+        results, lessons = [], []
+        for i, row in enumerate(self._plan.rows):
+            error = self._errors.get(row.request_id)
+            if error is not None:
+                results.append(RowResult(request_id=row.request_id, error=error))
+                continue
+            token_ids = (token_of[i],) if i in token_of else ()
+            if token_ids:
+                lessons.append((self._states[i], token_ids))
+            results.append(
+                RowResult(
+                    request_id=row.request_id,
+                    token_ids=token_ids,
+                    logprobs=tuple(logprobs.get(i, ())),
+                    prompt_logprobs=tuple(prompt_logprobs.get(i, ())),
+                )
+            )
+        result = StepResult(step=self._plan.step, rows=tuple(results))
+        return Outcome(result=result, lessons=lessons)
+
+    def _finish_scores(
+        self, arrays: Sequence[NDArray[Any]], token_of: dict[int, int]
+    ) -> tuple[dict[int, list[TokenLogprobs]], dict[int, list[TokenLogprobs]]]:
+        drawn: dict[int, list[TokenLogprobs]] = {}
+        prompt: dict[int, list[TokenLogprobs]] = {}
+        for scored in self._scored:
+            chosen, rank, top, top_tokens = (
+                np.asarray(a) for a in arrays[scored.at : scored.at + 4]
+            )
+            targets = arrays[scored.at + 4] if scored.prompt else None
+            into = prompt if scored.prompt else drawn
+            for i, (row, k) in enumerate(zip(scored.rows, scored.wanted, strict=True)):
+                token = int(targets[i]) if targets is not None else token_of.get(row, 0)
+                into.setdefault(row, []).append(
+                    TokenLogprobs(
+                        token_ids=(token, *(int(t) for t in top_tokens[i, :k])),
+                        logprobs=(float(chosen[i]), *(float(x) for x in top[i, :k])),
+                        rank=int(rank[i]),
+                    )
+                )
+        return drawn, prompt

@@ -1,0 +1,320 @@
+"""Runs plans: loads the model, plans memory, warms up; then packs, launches and samples one step
+after the other.
+
+In: StepPlan. Out: a function that waits for the StepResult. Owns device tensors, KV storage,
+programs and each
+request's host state. Knows nothing of queues, text or HTTP.
+
+Two threads meet here: steps are run on one, their results are waited for on another (the engine's).
+What a result
+teaches goes through a queue that the next `run` empties, so request state has one writer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokenry.backend.base import KV, Backend, ModelSpec, StepBatch, WeightIter
+from tokenry.backend.contract import Bucket, HostBatch, KVSpec
+from tokenry.backend.ops import OpTable
+from tokenry.errors import ConfigError
+from tokenry.plan import Row, StepPlan, StepResult
+from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory
+from tokenry.runner.pack import blank_batch, need_of, pack, table_width, to_device
+from tokenry.runner.programs import Programs
+from tokenry.runner.requests import RequestState
+from tokenry.runner.results import Outcome, PartialStep
+from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler
+from tokenry.runner.shapes import Extent, Launch, Share, choose, exact, make_buckets, split
+
+Progress = Callable[[str, float], None]
+
+
+class ModelShape(ModelSpec, Protocol):
+    """A model whose KV the runner can size."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """What of the engine's config the runner needs."""
+
+    memory: MemoryLimits
+    block_size: int | None = None
+    enforce_eager: bool = False
+    warmup: bool = True
+
+
+class ModelRunner:
+    """A StepRunner (see plan.py) over one backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        spec: ModelShape,
+        weights: WeightIter,
+        config: RunnerConfig,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        processors: Mapping[str, ProcessorFactory] | None = None,
+        progress: Progress = lambda phase, share: None,
+    ) -> None:
+        self._backend = backend
+        self._caps = backend.caps
+        self._ops = OpTable(backend.ops())
+        self._sampler = Sampler(
+            self._ops.resolve("sample", vocab_size=spec.vocab_size),
+            device=self._caps.input_device,
+            eos_token_ids=eos_token_ids,
+            processors=processors or {},
+        )
+        self._requests: dict[str, RequestState] = {}
+        self._lessons: deque[tuple[RequestState, tuple[int, ...]]] = deque()
+        self._previous: list[Tensor] = []
+        progress("loading weights", 0.0)
+        self._step = backend.build_model(spec, weights, self._ops)
+        self.block_size = self._pick_block_size(config.block_size)
+        self._kv_spec = KVSpec(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=self.block_size,
+            dtype=spec.dtype,
+        )
+        progress("planning memory", 0.0)
+        self.plan = self._plan(config, spec.max_model_len)
+        self._extent = self._extent_of(config, self.plan.max_model_len)
+        kv = backend.alloc_kv(self._kv_spec, self.plan.num_blocks)
+        self._kv = kv
+        eager = config.enforce_eager and not self._caps.shapes.static
+        buckets = [] if eager else make_buckets(self._caps, self._extent)
+        step = self._step
+        self._programs = Programs(backend, lambda batch: step(batch, kv), buckets)
+        if config.warmup or self._caps.shapes.static:
+            self._warm_up(progress)
+
+    # ---- the start ---------------------------------------------------------------------------
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """What was decided about memory."""
+        return self.plan
+
+    def stats(self) -> tuple[int, int, dict[str, int]]:
+        """Programs, launches that ran uncompiled, ops that fell back to the reference."""
+        return len(self._programs), self._programs.uncompiled_launches, dict(self._ops.fallbacks)
+
+    def compile_count(self) -> int:
+        """The backend's own count of programs made."""
+        return self._backend.compile_count()
+
+    def _pick_block_size(self, wanted: int | None) -> int:
+        sizes = self._caps.block_sizes
+        if wanted is None:
+            return sizes[0]
+        if wanted not in sizes:
+            raise ConfigError(
+                f"--block-size {wanted}: this backend has {', '.join(map(str, sizes))}.",
+                mend=f"--block-size {sizes[0]}",
+            )
+        return wanted
+
+    def _extent_of(self, config: RunnerConfig, max_model_len: int) -> Extent:
+        limits = config.memory
+        return Extent(
+            max_seqs=limits.max_num_seqs,
+            max_tokens=limits.max_num_batched_tokens,
+            max_blocks=-(-max_model_len // self.block_size),
+        )
+
+    def _plan(self, config: RunnerConfig, model_len: int) -> MemoryPlan:
+        probe = None if self._caps.kv_baked else lambda: self._probe(config, model_len)
+        return plan_memory(
+            self._backend, self._kv_spec, config.memory, model_len=model_len, probe=probe
+        )
+
+    def _probe(self, config: RunnerConfig, model_len: int) -> None:
+        """The worst step that can come, on a KV of one block: all tokens, all sequences, the
+        sampler.
+        """
+        extent = self._extent_of(config, config.memory.max_model_len or model_len)
+        seqs = min(extent.max_seqs, extent.max_tokens)
+        bucket = Bucket("mixed", seqs, extent.max_tokens, 0)
+        if self._caps.shapes.static:
+            bucket = make_buckets(self._caps, extent)[0]
+        kv = self._backend.alloc_kv(self._kv_spec, 1)
+        batch = self._blank(bucket, extent)
+        self._execute(self._step(batch, kv), batch)
+
+    def _warm_up(self, progress: Progress) -> None:
+        phase = "warming up"
+        progress(phase, 0.0)
+        self._programs.warm_up(
+            lambda bucket: self._blank(bucket, self._extent),
+            lambda batch: self._execute(self._programs.run(batch), batch),
+            lambda share: progress(phase, share),
+        )
+        if not self._caps.shapes.static:
+            batch = self._blank(Bucket("mixed", 1, 2, 0), self._extent)
+            self._execute(self._step(batch, self._kv), batch)
+        self._backend.synchronize()
+
+    def _blank(self, bucket: Bucket, extent: Extent) -> StepBatch:
+        width = extent.max_blocks
+        if self._caps.shapes.kv_axis == "per_seq":
+            width = max(1, bucket.kv_blocks)
+        elif not self._caps.shapes.static and self._caps.graphs == "none":
+            width = 1 + bucket.tokens // bucket.seqs // self.block_size
+        host = blank_batch(bucket, width, uniform_q=self._caps.shapes.uniform_q)
+        return to_device(host, self._backend)[0]
+
+    def _execute(self, logits: Tensor, batch: StepBatch) -> None:
+        """The sampler on a step's logits, and the copy to the host: what a real step does."""
+        sampled = self._sampler(logits, [None] * len(batch.logit_rows))
+        self._backend.fetch([sampled.token_ids, sampled.broken])()
+
+    # ---- a step ------------------------------------------------------------------------------
+
+    def run(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Launch the step; see plan.StepRunner."""
+        with torch.inference_mode():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> Callable[[], StepResult]:
+        self._take_lessons()
+        for request_id in plan.forget:
+            self._requests.pop(request_id, None)
+        for new in plan.new:
+            self._requests[new.request_id] = RequestState(new, self.block_size)
+        states = [self._requests[row.request_id] for row in plan.rows]
+        for row, state in zip(plan.rows, states, strict=True):
+            state.hold(row.new_block_ids)
+        partial = PartialStep(plan, states)
+        shares = [
+            self._share(i, row, state)
+            for i, (row, state) in enumerate(zip(plan.rows, states, strict=True))
+            if self._computable(row, state, partial)
+        ]
+        previous, self._previous = self._previous, []
+        lost = [s for s in states if s.feedback is not None]
+        feedback: dict[int, int] = {}
+        offset = 0
+        try:
+            for launch in split(shares, self._caps, self._extent):
+                offset = self._launch(launch, states, previous, partial, feedback, offset)
+        finally:
+            for state in lost:
+                state.feedback = None
+        for index, at in feedback.items():
+            states[index].feedback = at
+        return self._waiter(partial)
+
+    def _take_lessons(self) -> None:
+        while self._lessons:
+            state, token_ids = self._lessons.popleft()
+            state.learn(token_ids)
+
+    def _share(self, index: int, row: Row, state: RequestState) -> Share:
+        p = state.params
+        return Share(
+            row=index,
+            start=row.num_computed,
+            count=row.num_new,
+            sample=row.sample,
+            scored=p.prompt_logprobs is not None and row.num_computed < state.num_prompt - 1,
+        )
+
+    def _computable(self, row: Row, state: RequestState, partial: PartialStep) -> bool:
+        """Whether the row's tokens exist: not if the step that was to sample its last one
+        failed.
+        """
+        missing = row.num_computed + row.num_new - state.num_known
+        if missing <= 0 or (missing == 1 and state.feedback is not None):
+            return True
+        partial.fail(row.request_id, "The step before it failed.")
+        return False
+
+    def _launch(
+        self,
+        launch: Launch,
+        states: Sequence[RequestState],
+        previous: Sequence[Tensor],
+        partial: PartialStep,
+        feedback: dict[int, int],
+        offset: int,
+    ) -> int:
+        """One program, then the sampler; gives the offset of the next launch's sampled tokens."""
+        own = [states[share.row] for share in launch.shares]
+        need = need_of(launch, self.block_size)
+        caps = self._caps
+        bucket = choose(need, self._programs.buckets, caps) or exact(need, caps)
+        packed = pack(
+            launch,
+            own,
+            bucket,
+            width=table_width(bucket, need, caps, self._extent.max_blocks),
+            block_size=self.block_size,
+            uniform_q=caps.shapes.uniform_q,
+        )
+        batch = self._batch(packed.host, previous if packed.feeds_back else ())
+        logits = self._programs.run(batch)
+        if launch.scored:
+            share = launch.shares[0]
+            partial.note_prompt(share, own[0], logits)
+            logits = logits[share.count - 1 : share.count]
+            draws: list[Draw | None] = [self._draw(share, own[0])]
+        else:
+            draws = [self._draw(s, state) for s, state in zip(launch.shares, own, strict=True)]
+            draws += [None] * (bucket.seqs - len(draws))
+        sampled = self._sampler(logits, draws)
+        partial.note_sampled(launch, own, draws, logits, sampled)
+        for i, share in enumerate(launch.shares):
+            if share.sample:
+                feedback[share.row] = offset + i
+        self._previous.append(sampled.token_ids)
+        return offset + len(draws)
+
+    def _draw(self, share: Share, state: RequestState) -> Draw | None:
+        if not share.sample:
+            return None
+        return Draw(
+            params=state.params,
+            seed=state.seed,
+            position=share.start + share.count,
+            num_prompt=state.num_prompt,
+            history=state.history,
+        )
+
+    def _batch(self, host: HostBatch, previous: Sequence[Tensor]) -> StepBatch:
+        """On the device, with the tokens that the last step sampled put in their places."""
+        batch, prev_row = to_device(host, self._backend)
+        if not previous:
+            return batch
+        tokens = previous[0] if len(previous) == 1 else torch.cat(list(previous))
+        taken = tokens[prev_row.clamp(min=0).long()].to(torch.int32)
+        batch.token_ids.copy_(torch.where(prev_row >= 0, taken, batch.token_ids))
+        return batch
+
+    def _waiter(self, partial: PartialStep) -> Callable[[], StepResult]:
+        wait = self._backend.fetch(partial.tensors)
+
+        def result() -> StepResult:
+            outcome: Outcome = partial.finish(wait())
+            self._lessons.extend(outcome.lessons)
+            return outcome.result
+
+        return result
+
+
+def kv_of(runner: ModelRunner) -> KV:
+    """The runner's KV, for tests that look at blocks."""
+    return runner._kv
