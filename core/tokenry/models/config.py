@@ -1,6 +1,7 @@
 """A checkpoint's config.json, read without transformers.
 
-In: a directory. Out: `ModelConfig`, the common facts by one name each, and the raw mapping for what only one family
+In: a directory. Out: `ModelConfig`, the common facts by one name each, and the raw mapping for what
+only one family
 has. A missing or malformed file is a ModelLoadError that names it.
 """
 
@@ -48,7 +49,9 @@ class ModelConfig:
 
     @property
     def rope(self) -> Mapping[str, Any]:
-        """`rope_parameters` as transformers 5 writes it, made of `rope_theta` and `rope_scaling` in older files."""
+        """`rope_parameters` as transformers 5 writes it, made of `rope_theta` and `rope_scaling` in
+        older files.
+        """
         parameters = self.get("rope_parameters")
         if parameters is None:
             scaling = dict(self.get("rope_scaling", {}))
@@ -112,7 +115,9 @@ def _config(architecture: str, raw: Mapping[str, Any], eos: tuple[int, ...]) -> 
 
 
 def _tied_by_default(architecture: str) -> bool:
-    """What transformers assumes where the file is silent (it writes only what differs from the default)."""
+    """What transformers assumes where the file is silent (it writes only what differs from the
+    default).
+    """
     return architecture.startswith(("Gemma", "GPT2"))
 
 

@@ -1,7 +1,10 @@
-"""The parts that decoders are made of: each holds its weights and finds its op once, when it is built.
+"""The parts that decoders are made of: each holds its weights and finds its op once, when it is
+built.
 
-Plain classes, not torch modules: a step calls them a few hundred times, and nothing here is trained. A part asks the
-`Loader` for the checkpoint tensors it is made of; a merged linear is packed as soon as its last part has come.
+Plain classes, not torch modules: a step calls them a few hundred times, and nothing here is
+trained. A part asks the
+`Loader` for the checkpoint tensors it is made of; a merged linear is packed as soon as its last
+part has come.
 """
 
 from __future__ import annotations
@@ -67,7 +70,9 @@ class Loader:
 
 
 class Linear:
-    """x @ W.T + b through the `linear` op; W may be several checkpoint tensors, stacked along the output."""
+    """x @ W.T + b through the `linear` op; W may be several checkpoint tensors, stacked along the
+    output.
+    """
 
     def __init__(
         self, loader: Loader, names: Sequence[str], sizes: Sequence[int], width: int, *, bias: bool
@@ -196,7 +201,9 @@ class LMHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """What one layer's attention is. qk_norm: none, per head (Qwen3, Gemma 3), or over all heads (OLMo 2)."""
+    """What one layer's attention is. qk_norm: none, per head (Qwen3, Gemma 3), or over all heads
+    (OLMo 2).
+    """
 
     num_heads: int
     num_kv_heads: int

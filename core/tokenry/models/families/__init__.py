@@ -1,0 +1,1 @@
+"""One small file per family: what its architecture is, as a DecoderPlan."""

@@ -1,0 +1,160 @@
+"""From a checkpoint directory to a model that a backend can build.
+
+In: a directory. Out: `NativeSpec` (our own decoder) or, for what only transformers knows, the
+fallback's spec. Unknown
+architectures are an error that lists what is known.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenry.backend.base import StepFn, WeightIter
+from tokenry.backend.contract import Caps
+from tokenry.backend.ops import OpTable
+from tokenry.errors import ModelLoadError
+from tokenry.models.config import ModelConfig, read_config
+from tokenry.models.decoder import Decoder, DecoderPlan, decoder_step
+from tokenry.models.layers import Loader
+from tokenry.models.weights import Progress, dummy_weights, stream_weights, weight_bytes
+
+NATIVE: Mapping[str, str] = {
+    "LlamaForCausalLM": "llama:plan",
+    "MistralForCausalLM": "llama:plan",
+    "Qwen2ForCausalLM": "qwen:plan_qwen2",
+    "Qwen3ForCausalLM": "qwen:plan_qwen3",
+    "Qwen3MoeForCausalLM": "qwen:plan_qwen3_moe",
+    "Gemma2ForCausalLM": "gemma:plan_gemma2",
+    "Gemma3ForCausalLM": "gemma:plan_gemma3",
+    "Gemma3ForConditionalGeneration": "gemma:plan_gemma3",
+    "Phi3ForCausalLM": "phi3:plan",
+    "Olmo2ForCausalLM": "olmo2:plan",
+    "GraniteForCausalLM": "granite:plan",
+    "MixtralForCausalLM": "mixtral:plan",
+    "GPT2LMHeadModel": "gpt2:plan",
+}
+"""Architecture -> file and function in `families/`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeSpec:
+    """A `backend.base.ModelSpec` with what the runner needs to size its KV. notes: lines for the
+    start-up log.
+    """
+
+    path: Path
+    model: ModelConfig
+    plan: DecoderPlan
+    dtype: str
+    max_model_len: int
+    dummy: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        """As config.json names it."""
+        return self.model.architecture
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        return self.model.raw
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits per row."""
+        return self.model.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with KV."""
+        return self.model.num_layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.model.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Of keys and values."""
+        return self.model.head_dim
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self.model.eos_token_ids
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the model's dtype, from file sizes (0 for dummy weights)."""
+        if self.dummy:
+            return 0
+        size = {"float32": 4, "float16": 2, "bfloat16": 2}
+        return weight_bytes(self.path) * size[self.dtype] // size[self.model.dtype]
+
+    def weights(self, progress: Progress) -> WeightIter:
+        """Checkpoint tensors by checkpoint name."""
+        if not self.dummy:
+            return stream_weights(self.path, progress)
+        loader = Loader(OpTable(), dtype=self.dtype, device="meta")
+        shapes = Decoder(loader, self.model, self.plan, max_len=1).shapes
+        return dummy_weights(shapes, self.dtype)
+
+    def torch_step(self, weights: WeightIter, ops: OpTable, caps: Caps) -> StepFn:
+        """Our decoder over the ops, with the weights in it."""
+        loader = Loader(ops, dtype=self.dtype, device=caps.input_device)
+        plan = replace(self.plan, rename=lambda n, t: [(n, t)]) if self.dummy else self.plan
+        decoder = Decoder(loader, self.model, plan, max_len=self.max_model_len)
+        decoder.load(weights)
+        return decoder_step(decoder)
+
+
+def load_spec(
+    path: Path,
+    *,
+    dtype: str,
+    max_model_len: int | None = None,
+    dummy: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The spec of a checkpoint. dtype is resolved already (see `pick_dtype`). Raises
+    ModelLoadError.
+    """
+    model = read_config(path)
+    length = min(max_model_len or model.max_len, 2**22)
+    if max_model_len is not None and max_model_len > model.max_len and not model.rope:
+        raise ModelLoadError(
+            f"The model has {model.max_len} learned positions, {max_model_len} are asked for.",
+            mend=f"--max-model-len {model.max_len}",
+        )
+    entry = NATIVE.get(model.architecture)
+    if entry is None:
+        from tokenry.models.fallback import load_fallback
+
+        return load_fallback(
+            path, model, dtype=dtype, max_model_len=length, dummy=dummy, trust=trust_remote_code
+        )
+    module, function = entry.split(":")
+    plan = getattr(importlib.import_module(f"tokenry.models.families.{module}"), function)(model)
+    return NativeSpec(
+        path=path, model=model, plan=plan, dtype=dtype, max_model_len=length, dummy=dummy
+    )
+
+
+def pick_dtype(wanted: str, checkpoint: str, caps: Caps) -> str:
+    """wanted if the backend has it; auto: the backend's preferred for 16-bit-less devices, else the
+    checkpoint's.
+    """
+    if wanted != "auto":
+        if wanted not in caps.dtypes:
+            raise ModelLoadError(
+                f"--dtype {wanted}: this backend has {', '.join(caps.dtypes)}.", mend="--dtype auto"
+            )
+        return wanted
+    preferred = caps.dtypes[0]
+    return preferred if preferred == "float32" or checkpoint not in caps.dtypes else checkpoint
