@@ -115,6 +115,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_model_len: int
     num_blocks: int
     block_size: int
+    vocab_size: int
     backend: str
     device_name: str
     architecture: str

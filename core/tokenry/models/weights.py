@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenry.errors import ModelLoadError
-from tokenry.models.config import _read_json
+from tokenry.models.config import read_json
 
 INDEX = "model.safetensors.index.json"
 Progress = Callable[[float], None]
@@ -83,7 +83,7 @@ def _wanted(path: Path) -> dict[Path, list[str]]:
     """The files to read, each with the tensors that an index promises of it."""
     index = path / INDEX
     if index.is_file():
-        table = _read_json(index).get("weight_map")
+        table = read_json(index, mend=AGAIN).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ModelLoadError(f"{index} has no weight_map.", mend=AGAIN)
         wanted: dict[Path, list[str]] = {}

@@ -1,0 +1,159 @@
+"""From a config to a running engine: the only file that knows every room.
+
+In: EngineConfig. Out: `Assembled`, an engine with its runner behind it, and what a front must know
+(`Ready`). What the
+device wants otherwise than configured is applied here, once, and told in `Ready.notes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from tokenry.backend.contract import Caps
+from tokenry.backend.discovery import choose, discover, open_backend
+from tokenry.config import Change, EngineConfig, apply_changes
+from tokenry.engine.core import EngineCore
+from tokenry.engine.limits import EngineLimits
+from tokenry.hub import find_model
+from tokenry.messages import Ready, Stats
+from tokenry.models.config import read_config
+from tokenry.models.registry import load_spec, pick_dtype
+from tokenry.runner.memory import MemoryLimits, check_weights_fit, ledger_lines
+from tokenry.runner.runner import ModelRunner, RunnerConfig
+from tokenry.runner.sampler import ProcessorFactory, installed_processors
+
+Progress = Callable[[str, float], None]
+
+
+class Engine(EngineCore):
+    """EngineCore whose stats also tell what the runner counts."""
+
+    def __init__(self, limits: EngineLimits, runner: ModelRunner) -> None:
+        super().__init__(limits, runner)
+        self._model_runner = runner
+
+    def stats(self) -> Stats:
+        """Of the scheduler and of the runner."""
+        programs, uncompiled, fallbacks = self._model_runner.stats()
+        return msgspec.structs.replace(
+            super().stats(),
+            programs=programs,
+            uncompiled_launches=uncompiled,
+            op_fallbacks=fallbacks,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """A running engine. `runner` is for tests and benchmarks that look inside."""
+
+    engine: Engine
+    ready: Ready
+    runner: ModelRunner
+    config: EngineConfig
+
+
+def assemble(
+    config: EngineConfig,
+    progress: Progress = lambda phase, share: None,
+    *,
+    logits_processors: Mapping[str, ProcessorFactory] | None = None,
+) -> Assembled:
+    """Find the model and the device, load, plan memory, warm up. Raises TokenryError with the
+    mend.
+    """
+    path = find_model(config.model, config.revision)
+    checkpoint = read_config(path)
+    progress("opening device", 0.0)
+    device = choose(discover(config.backend), config.backend, index=config.device_index)
+    backend = open_backend(device, config.backend_options)
+    changes = _changes(config, backend.caps)
+    config = apply_changes(config, changes)
+    spec = load_spec(
+        path,
+        dtype=pick_dtype(config.dtype, checkpoint.dtype, backend.caps),
+        max_model_len=config.max_model_len,
+        dummy=config.load_format == "dummy",
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_weights_fit(spec.weight_bytes, backend.memory(), config.memory_fraction)
+    runner = ModelRunner(
+        backend,
+        spec,
+        spec.weights(lambda share: progress("loading weights", share)),
+        _runner_config(config),
+        eos_token_ids=spec.eos_token_ids,
+        processors={**installed_processors(), **(logits_processors or {})},
+        progress=progress,
+    )
+    engine = Engine(_limits(config, runner), runner)
+    notes = [*spec.notes, *(f"{c.field} = {c.value}: {c.why}" for c in changes)]
+    notes += [*runner.plan.notes, *ledger_lines(runner.plan, runner.block_size)]
+    fallbacks = runner.stats()[2]
+    if fallbacks:
+        named = ", ".join(f"{name} x{count}" for name, count in sorted(fallbacks.items()))
+        notes.append(f"ops on the reference (slow, right): {named}")
+    ready = Ready(
+        max_model_len=runner.plan.max_model_len,
+        num_blocks=runner.plan.num_blocks,
+        block_size=runner.block_size,
+        vocab_size=spec.vocab_size,
+        backend=device.backend,
+        device_name=device.name,
+        architecture=spec.architecture,
+        dtype=spec.dtype,
+        ledger=dict(runner.plan.ledger),
+        notes=tuple(notes),
+    )
+    return Assembled(engine=engine, ready=ready, runner=runner, config=config)
+
+
+def _changes(config: EngineConfig, caps: Caps) -> list[Change]:
+    """What this device needs otherwise than configured."""
+    changes = []
+    if not caps.phases.chunked:
+        why = "the device cannot continue a prompt that is partly cached"
+        for field in ("enable_chunked_prefill", "enable_prefix_caching"):
+            if getattr(config, field):
+                changes.append(Change(field=field, value=False, why=why))
+    if caps.shapes.static and config.enforce_eager:
+        why = "on this device only warmed programs run"
+        changes.append(Change(field="enforce_eager", value=False, why=why))
+    if config.overlap and not caps.token_feedback:
+        why = "the device cannot take the next step's tokens from the last one"
+        changes.append(Change(field="overlap", value=False, why=why))
+    return changes
+
+
+def _runner_config(config: EngineConfig) -> RunnerConfig:
+    return RunnerConfig(
+        memory=MemoryLimits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            memory_fraction=config.memory_fraction,
+            kv_cache_bytes=config.kv_cache_bytes,
+            num_kv_blocks=config.num_kv_blocks,
+        ),
+        block_size=config.block_size,
+        enforce_eager=config.enforce_eager,
+        warmup=config.warmup,
+    )
+
+
+def _limits(config: EngineConfig, runner: ModelRunner) -> EngineLimits:
+    return EngineLimits(
+        num_blocks=runner.plan.num_blocks,
+        block_size=runner.block_size,
+        max_model_len=runner.plan.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        prefix_caching=config.enable_prefix_caching,
+        chunked_prefill=config.enable_chunked_prefill,
+        policy=config.scheduling_policy,
+        overlap=config.overlap,
+        seed=config.seed,
+    )
