@@ -70,7 +70,7 @@ class ModelConfig:
 
 def read_config(path: Path) -> ModelConfig:
     """The config of a checkpoint directory. Raises ModelLoadError."""
-    raw = _read_json(path / "config.json")
+    raw = read_json(path / "config.json")
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ModelLoadError(
@@ -123,20 +123,19 @@ def _tied_by_default(architecture: str) -> bool:
 
 def _eos(path: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     generation = path / "generation_config.json"
-    source = _read_json(generation) if generation.exists() else {}
+    source = read_json(generation) if generation.exists() else {}
     value = source.get("eos_token_id", raw.get("eos_token_id"))
     if value is None:
         return ()
     return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, mend: str = "name a directory that holds a model") -> dict[str, Any]:
+    """A JSON object from a file. Raises ModelLoadError that names the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelLoadError(
-            f"There is no {path.name} in {path.parent}.", mend="name a directory that holds a model"
-        ) from None
+        raise ModelLoadError(f"There is no {path.name} in {path.parent}.", mend=mend) from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(data, dict):

@@ -8,7 +8,7 @@ differ brings a `rename`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +29,11 @@ from tokenry.models.layers import (
     MoePlan,
     Norm,
     PlainMlp,
+    Rename,
     RmsNorm,
 )
 from tokenry.models.rope import rope_table
 
-Rename = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
@@ -235,8 +235,7 @@ class Decoder:
 
     def load(self, weights: WeightIter) -> None:
         """Fill it from checkpoint tensors."""
-        renamed = (pair for name, t in weights for pair in self._plan.rename(name, t))
-        self._loader.load(renamed, _ignorable)
+        self._loader.load(weights, self._plan.rename, _ignorable)
 
     def __call__(self, batch: StepBatch, kv: KV) -> Tensor:
         """Logits [R, vocab] float32."""

@@ -9,7 +9,7 @@ part has come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +22,29 @@ from tokenry.backend.ops import OpTable
 from tokenry.errors import ModelLoadError
 
 Accept = Callable[[Tensor], None]
+Rename = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
+"""(name, tensor) of the checkpoint -> canonical ones."""
 
 
 class Loader:
-    """Brings checkpoint tensors to the parts that expect them. Owned by the model being built."""
+    """Brings checkpoint tensors to the parts that expect them. Owned by the model being built.
 
-    def __init__(self, ops: OpTable, *, dtype: str, device: str) -> None:
+    where: tensor name in the checkpoint -> the file that has it, for errors.
+    """
+
+    def __init__(
+        self,
+        ops: OpTable,
+        *,
+        dtype: str,
+        device: str,
+        where: Callable[[str], str] = lambda name: "the checkpoint",
+    ) -> None:
         self.ops = ops
         self.dtype_name = dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = device
+        self._where = where
         self._expected: dict[str, tuple[tuple[int, ...], Accept]] = {}
 
     @property
@@ -43,29 +56,38 @@ class Loader:
         """`accept` wants this tensor."""
         self._expected[name] = (shape, accept)
 
-    def load(self, weights: WeightIter, ignorable: Callable[[str], bool]) -> None:
-        """Deliver all tensors. Raises ModelLoadError for a missing, unexpected or misshapen one."""
+    def load(self, weights: WeightIter, rename: Rename, ignorable: Callable[[str], bool]) -> None:
+        """Deliver all tensors, each under the name(s) that `rename` gives it.
+
+        Raises ModelLoadError for a missing, unexpected or misshapen one.
+        """
         missing = dict(self._expected)
-        for name, tensor in weights:
-            entry = missing.pop(name, None)
-            if entry is None:
-                if name not in self._expected and not ignorable(name):
+        for stored, raw in weights:
+            for name, tensor in rename(stored, raw):
+                entry = missing.pop(name, None)
+                if entry is not None:
+                    shape, accept = entry
+                    self._check(stored, tensor, shape)
+                    accept(tensor.to(self.device, self.dtype))
+                elif name not in self._expected and not ignorable(name):
                     raise ModelLoadError(
-                        f"The checkpoint has a tensor {name} {list(tensor.shape)} that this "
-                        "architecture does not know.",
-                        mend="check config.json's architectures, or the file the tensor came from",
+                        f"{self._where(stored)}: the tensor {stored} {list(tensor.shape)} is none "
+                        "of this architecture's.",
+                        mend="are config.json and the weights of one model?",
                     )
-                continue
-            shape, accept = entry
-            if tuple(tensor.shape) != shape:
-                raise ModelLoadError(
-                    f"Tensor {name} has shape {list(tensor.shape)}, config.json says {list(shape)}."
-                )
-            accept(tensor.to(self.device, self.dtype))
         if missing:
             names = ", ".join(sorted(missing)[:3])
             raise ModelLoadError(
-                f"The checkpoint lacks {len(missing)} tensors, among them {names}."
+                f"{self._where('')} lacks {len(missing)} tensors, among them {names}.",
+                mend="are config.json and the weights of one model, and is the download complete?",
+            )
+
+    def _check(self, stored: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise ModelLoadError(
+                f"{self._where(stored)}: the tensor {stored} has shape {list(tensor.shape)}, "
+                f"config.json says {list(shape)}.",
+                mend="are config.json and the weights of one model?",
             )
 
 

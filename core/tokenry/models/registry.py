@@ -20,7 +20,7 @@ from tokenry.errors import ModelLoadError
 from tokenry.models.config import ModelConfig, read_config
 from tokenry.models.decoder import Decoder, DecoderPlan, decoder_step
 from tokenry.models.layers import Loader
-from tokenry.models.weights import Progress, dummy_weights, stream_weights, weight_bytes
+from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
 
 NATIVE: Mapping[str, str] = {
     "LlamaForCausalLM": "llama:plan",
@@ -100,14 +100,15 @@ class NativeSpec:
     def weights(self, progress: Progress) -> WeightIter:
         """Checkpoint tensors by checkpoint name."""
         if not self.dummy:
-            return stream_weights(self.path, progress)
+            return open_checkpoint(self.path).stream(progress)
         loader = Loader(OpTable(), dtype=self.dtype, device="meta")
         shapes = Decoder(loader, self.model, self.plan, max_len=1).shapes
-        return dummy_weights(shapes, self.dtype)
+        return dummy_weights(shapes, self.dtype, progress)
 
     def torch_step(self, weights: WeightIter, ops: OpTable, caps: Caps) -> StepFn:
         """Our decoder over the ops, with the weights in it."""
-        loader = Loader(ops, dtype=self.dtype, device=caps.input_device)
+        where = str if self.dummy else open_checkpoint(self.path).where
+        loader = Loader(ops, dtype=self.dtype, device=caps.input_device, where=where)
         plan = replace(self.plan, rename=lambda n, t: [(n, t)]) if self.dummy else self.plan
         decoder = Decoder(loader, self.model, plan, max_len=self.max_model_len)
         decoder.load(weights)

@@ -74,6 +74,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, files=files, num_bytes=num_bytes)
 
 
+def stream_weights(
+    path: Path, progress: Progress = lambda share: None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint in directory `path`, file by file."""
+    yield from open_checkpoint(path).stream(progress)
+
+
 def weight_bytes(path: Path) -> int:
     """Bytes of all tensors on disk, from the headers."""
     return open_checkpoint(path).num_bytes
