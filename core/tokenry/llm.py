@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tokenry.config import EngineConfig, load
 from tokenry.errors import ConfigError, EngineDead, RequestError
 from tokenry.hub import find_model
-from tokenry.messages import Progress, Ready, Stats, TokensEvent
+from tokenry.messages import Ready, Stats, TokensEvent
 from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams
 from tokenry.text.outputs import OutputProcessor, Update
@@ -59,7 +59,7 @@ class LLM:
             source, model_path=directory, chat_template_file=chat_template
         )
         resolved = dataclasses.replace(self.config, model=str(directory))
-        self._assembled: Assembled | None = assemble(resolved, progress=_ignore)
+        self._assembled: Assembled | None = assemble(resolved)
         self.ready: Ready = self._assembled.ready
         self._processor = OutputProcessor(self._tokenizer, max_model_len=self.ready.max_model_len)
         self._next_id = 0
@@ -290,7 +290,3 @@ def _one_each(
             mend="give one for all, or one per prompt",
         )
     return list(params)
-
-
-def _ignore(progress: Progress) -> None:
-    """Offline, the weights' own progress bar is enough."""
