@@ -148,8 +148,8 @@ def load_spec(
 
 
 def pick_dtype(wanted: str, checkpoint: str, caps: Caps) -> str:
-    """wanted if the backend has it; auto: the backend's preferred for 16-bit-less devices, else the
-    checkpoint's.
+    """The dtype to run in: `wanted` if the backend has it; for "auto" the checkpoint's, or float32
+    where the backend prefers that.
     """
     if wanted != "auto":
         if wanted not in caps.dtypes:

@@ -1,8 +1,8 @@
 """Rotary position tables, with every scaling that published checkpoints use.
 
-In: rope parameters of a config. Out: [max_len, 2, rot / 2] float32, cos and sin, for the `rope` op. Formulas: RoPE
-arXiv 2104.09864, dynamic NTK and YaRN arXiv 2309.00071, LongRoPE arXiv 2402.13753, Llama 3.1's from its reference code;
-parameter names are those of transformers' `rope_parameters`.
+In: rope parameters of a config, named as transformers' `rope_parameters`. Out: [max_len, 2, rot / 2]
+float32, cos and sin, for the `rope` op. Formulas: RoPE arXiv 2104.09864, dynamic NTK and YaRN arXiv
+2309.00071, LongRoPE arXiv 2402.13753, Llama 3.1's from its reference code.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ def rope_table(
 ) -> Tensor:
     """[max_len, 2, rot / 2] float32.
 
-    trained_len   the config's max_position_embeddings. max_len: how many positions are served; longrope and dynamic
-                  choose their frequencies by it, once, so that a token's KV does not depend on the request's length
-                  (transformers recomputes them as the text grows, which no KV cache survives).
+    trained_len   the config's max_position_embeddings
+    max_len       how many positions are served; longrope and dynamic choose their frequencies by
+                  it, once, so that a token's KV does not depend on the request's length
+                  (transformers recomputes them as the text grows, which no KV cache survives)
+
+    Raises ModelLoadError for an unknown rope_type or a parameter that it lacks.
     """
     rot = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     kind = parameters.get("rope_type", "default")
@@ -45,7 +48,9 @@ def rope_table(
         frequency, scale = _longrope(exponent, parameters, base, max_len, trained_len)
     elif kind != "default":
         raise ModelLoadError(
-            f"rope_type {kind!r} is not known; known: default, linear, dynamic, llama3, yarn, longrope."
+            f"rope_type {kind!r} of config.json is not known; known: default, linear, dynamic, "
+            "llama3, yarn, longrope.",
+            mend="remove the scaling, and stay within the length the model was trained with",
         )
     angle = torch.arange(max_len, dtype=torch.float32)[:, None] * frequency
     return torch.stack((angle.cos() * scale, angle.sin() * scale), dim=1)

@@ -55,7 +55,7 @@ def _layer_types(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _moe(config: ModelConfig, layer: int) -> MoePlan | None:
-    num_experts = config.get("num_experts", 0)
+    num_experts = config.get("num_experts") or config.get("num_local_experts", 0)  # v4, v5 files
     sparse = (layer + 1) % config.get("decoder_sparse_step", 1) == 0
     if not num_experts or not sparse or layer in config.get("mlp_only_layers", ()):
         return None
