@@ -71,6 +71,7 @@ def echo(monkeypatch):
         max_model_len=64,
         num_blocks=8,
         block_size=16,
+        vocab_size=4096,
         backend="echo",
         device_name="echo",
         architecture="Echo",
@@ -78,7 +79,7 @@ def echo(monkeypatch):
         ledger={},
     )
     module = ModuleType("tokenry.assemble")
-    module.assemble = lambda config, progress: SimpleNamespace(engine=engine, ready=ready)
+    module.assemble = lambda config: SimpleNamespace(engine=engine, ready=ready)
     monkeypatch.setitem(sys.modules, "tokenry.assemble", module)
     return LLM("demo"), engine
 

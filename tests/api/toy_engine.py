@@ -74,6 +74,7 @@ def make(config, progress):
         max_model_len=512,
         num_blocks=BLOCKS,
         block_size=16,
+        vocab_size=4096,
         backend="toy",
         device_name="toy",
         architecture="Toy",
