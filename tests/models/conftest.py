@@ -90,7 +90,10 @@ class Driver:
         T, S = sum(lengths) + 2, len(chunks) + 1
         at = [np.arange(start, start + len(tokens)) for _, tokens, start in chunks]
         tables = [np.array(self._tables[text]) for text, _, _ in chunks]
-        slots = [t[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for t, p in zip(tables, at)]
+        slots = [
+            t[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+            for t, p in zip(tables, at, strict=True)
+        ]
         pad = [np.zeros(2, int)]
         starts = np.cumsum([0, *lengths])
         host = HostBatch(

@@ -24,7 +24,11 @@ MODELS = {
     "phi3": ("Phi3Config", {}),
     "phi3-partial": (
         "Phi3Config",
-        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+        {
+            "rope_parameters": {
+                "rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5,
+            }
+        },
     ),
     "olmo2": ("Olmo2Config", {}),
     "granite": (

@@ -127,7 +127,7 @@ class Layer:
 
     def __init__(
         self, loader: Loader, at: str, config: ModelConfig, plan: DecoderPlan, layer: LayerPlan,
-        table: Tensor | None,
+        *, table: Tensor | None,
     ) -> None:  # fmt: skip
         def norm(name: str | None) -> Norm | None:
             if name is None:
@@ -223,7 +223,7 @@ class Decoder:
         self._layers = []
         for i, layer in enumerate(plan.layers):
             table = _table(tables, layer, config, max_len, loader.device)
-            self._layers.append(Layer(loader, f"layers.{i}", config, plan, layer, table))
+            self._layers.append(Layer(loader, f"layers.{i}", config, plan, layer, table=table))
         self._norm = make_norm(loader, plan.final_norm, config.hidden_size, plan)
         tied = self._embed if config.tied else None
         self._head = LMHead(loader, config.hidden_size, config.vocab_size, tied=tied)

@@ -284,7 +284,7 @@ class Attention:
         """[T, hidden]."""
         p = self._plan
         T = x.shape[0]
-        q, k, v = self._qkv(x).split((self._q_size, self._kv_size, self._kv_size), dim=-1)
+        q, k, v = self._qkv(x).split_with_sizes((self._q_size, self._kv_size, self._kv_size), -1)
         if p.qk_norm == "full" and self._q_norm and self._k_norm:
             q, k = self._q_norm(q), self._k_norm(k)
         q, k = q.reshape(T, p.num_heads, p.head_dim), k.reshape(T, p.num_kv_heads, p.head_dim)

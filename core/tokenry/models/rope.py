@@ -61,7 +61,8 @@ def _llama3(frequency: Tensor, p: Mapping[str, Any]) -> Tensor:
     turns = p["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high = p["low_freq_factor"], p["high_freq_factor"]
     blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (blend + (1 - blend) / p["factor"])
+    scaled: Tensor = frequency * (blend + (1 - blend) / p["factor"])
+    return scaled
 
 
 def _yarn(

@@ -1,0 +1,359 @@
+"""Decoders that only transformers knows, over our paged KV, attention and linear ops.
+
+In: a checkpoint directory. Out: `FallbackSpec`, which the runner cannot tell from a native one.
+transformers calls the attention function that we register, one for each loaded model, with q, k, v
+of packed rows. The step's batch and KV are bound to that function, not sent as keyword arguments,
+for some models (StableLM) do not hand those down to their layers. transformers reads the weights
+itself, since its checkpoint names are its own affair.
+
+What cannot be served right is refused: at load what config.json tells, in the first step (at start)
+what only running tells.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenry.backend.base import KV, Op, StepBatch, StepFn, WeightIter
+from tokenry.backend.contract import Caps
+from tokenry.backend.ops import OpTable
+from tokenry.errors import ModelLoadError, UnknownArchitecture, Unsupported
+from tokenry.models.config import ModelConfig
+from tokenry.models.weights import Progress, open_checkpoint, weight_bytes
+
+LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+HARMLESS = {"position_ids", "cache_position"}
+"""Tensors that may come with an attention call without changing what it computes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackSpec:
+    """A `backend.base.ModelSpec` of a transformers model, with what the runner needs."""
+
+    path: Path
+    model: ModelConfig
+    dtype: str
+    max_model_len: int
+    dummy: bool
+    trust_remote_code: bool
+    notes: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        """As config.json names it."""
+        return self.model.architecture
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        return self.model.raw
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits per row."""
+        return self.model.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with KV."""
+        return self.model.num_layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.model.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Of keys and values."""
+        return self.model.head_dim
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self.model.eos_token_ids
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the model's dtype, 0 for dummy ones."""
+        if self.dummy:
+            return 0
+        size = {"float32": 4, "float16": 2, "bfloat16": 2}
+        return weight_bytes(self.path) * size[self.dtype] // size[self.model.dtype]
+
+    def weights(self, progress: Progress) -> WeightIter:
+        """None: transformers reads the files in `torch_step`."""
+        progress(1.0)
+        return iter(())
+
+    def torch_step(self, weights: WeightIter, ops: OpTable, caps: Caps) -> StepFn:
+        """The transformers model with our linears and our attention."""
+        attention = PagedAttention(self, ops)
+        model = _load(self, attention)
+        _fix_ropes(model, self.max_model_len)
+        _replace_linears(model, ops, self.dtype, torch.device(caps.input_device))
+        return _Step(model.to(caps.input_device), attention)
+
+
+def load_fallback(
+    path: Path,
+    model: ModelConfig,
+    *,
+    dtype: str,
+    max_model_len: int,
+    dummy: bool,
+    trust: bool,
+) -> FallbackSpec:
+    """The spec. Raises ModelLoadError without transformers, UnknownArchitecture if it cannot."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelLoadError(
+            f"{model.architecture} has no native implementation here, and transformers, which may "
+            "have one, is not installed.",
+            mend='pip install "tokenry[hf]"',
+        ) from error
+    cls = getattr(transformers, model.architecture, None)
+    if cls is None and not (trust and model.raw.get("auto_map")):
+        raise _unknown(model, "transformers does not know it either")
+    if model.raw.get("is_encoder_decoder"):
+        raise _unknown(model, "it is an encoder-decoder")
+    if cls is not None and "position_ids" not in inspect.signature(cls.forward).parameters:
+        raise _unknown(model, "it takes no positions, so its rows cannot be packed")
+    strange = set(model.raw.get("layer_types") or ()) - LAYER_TYPES
+    if strange:
+        raise _unknown(model, f"it has layers of kind {', '.join(sorted(strange))}")
+    if not dummy:
+        open_checkpoint(path)  # a broken download is named before transformers trips over it
+    return FallbackSpec(
+        path=path,
+        model=model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        dummy=dummy,
+        trust_remote_code=trust,
+        notes=(f"{model.architecture} runs through the transformers fallback",),
+    )
+
+
+def _unknown(model: ModelConfig, why: str) -> UnknownArchitecture:
+    from tokenry.models.registry import NATIVE
+
+    custom = model.raw.get("auto_map") is not None
+    return UnknownArchitecture(
+        f"{model.architecture} cannot be served: {why}. "
+        f"Known are {', '.join(sorted(NATIVE))}, and most decoders of transformers.",
+        mend="--trust-remote-code, if you trust the code in the model's repository"
+        if custom
+        else "a model of one of these architectures, or a newer transformers",
+    )
+
+
+def _load(spec: FallbackSpec, attention: PagedAttention) -> Any:
+    """The model on the host. Raises ModelLoadError, UnknownArchitecture."""
+    import transformers
+
+    transformers.AttentionInterface.register(attention.name, attention)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, spec.dtype),
+        "attn_implementation": attention.name,
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        if not spec.dummy:
+            return auto.from_pretrained(spec.path, local_files_only=True, **options).eval()
+        config = transformers.AutoConfig.from_pretrained(
+            spec.path, trust_remote_code=spec.trust_remote_code
+        )
+        return auto.from_config(config, **options).eval()
+    except (ValueError, KeyError, ImportError) as error:
+        raise _unknown(spec.model, f"transformers says {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise ModelLoadError(
+            f"transformers cannot load {spec.path}: {error}.",
+            mend="do config.json and the weights belong together?",
+        ) from error
+
+
+def _fix_ropes(model: nn.Module, length: int) -> None:
+    """Frequencies that follow the longest position of a batch are fixed by the longest possible
+    one: cached keys cannot be turned again, and no request may depend on its neighbours.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    module: Any
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if kind in ("dynamic", "longrope"):
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, None, seq_len=length)
+            module.inv_freq = frequencies
+            module.attention_scaling = scaling
+            module.rope_type = "default"
+
+
+# ---- linear ------------------------------------------------------------------------------------
+
+
+class OpLinear(nn.Module):
+    """A packed linear in the place of a `nn.Linear`."""
+
+    def __init__(self, linear: nn.Linear, op: Op, device: torch.device) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._op = op
+        raw = {"weight": linear.weight.detach().to(device)}
+        if linear.bias is not None:
+            raw["bias"] = linear.bias.detach().to(device)
+        self._packed = op.pack(raw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., out_features]."""
+        y: Tensor = self._op(x.reshape(-1, self.in_features), self._packed)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def _replace_linears(model: nn.Module, ops: OpTable, dtype: str, device: torch.device) -> None:
+    """Every plain `nn.Linear` becomes ours; subclasses may compute something else and stay."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                op = ops.resolve(
+                    "linear",
+                    dtype=dtype,
+                    in_features=child.in_features,
+                    out_features=child.out_features,
+                )
+                setattr(parent, name, OpLinear(child, op, device))
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+class PagedAttention:
+    """Our attention op in the form that transformers calls. Owned by one `_Step`, which says by
+    `begin` what the calls that follow are about.
+    """
+
+    def __init__(self, spec: FallbackSpec, ops: OpTable) -> None:
+        self._spec, self._ops = spec, ops
+        self._found: dict[tuple[Any, ...], Op] = {}
+        self._batch: StepBatch | None = None
+        self._kv: KV = None
+        self.seen: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        """In transformers' AttentionInterface: unique, for the interface keeps us alive."""
+        return f"tokenry_paged_{id(self)}"
+
+    def begin(self, batch: StepBatch, kv: KV) -> None:
+        """A step begins."""
+        self._batch, self._kv = batch, kv
+
+    def end(self) -> None:
+        """It is over; the batch's memory may go."""
+        self._batch = self._kv = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """q, k, v [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
+        where = type(module).__name__
+        _refuse_strange(where, module, kwargs)
+        if value.shape != key.shape or query.shape[3] != key.shape[3]:
+            raise Unsupported(
+                f"{where} has keys of {key.shape[3]} and values of {value.shape[3]} numbers; the "
+                "fallback's KV holds equal ones."
+            )
+        layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module's number
+        head_dim = key.shape[3]
+        window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+        softcap, scale = kwargs.get("softcap"), kwargs.get("scaling")
+        op = self._resolve(query.shape[1], key.shape[1], head_dim, window, softcap)
+        q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+        scale = head_dim**-0.5 if scale is None else float(scale)
+        out: Tensor = op(
+            q, k, v, self._kv[layer], self._batch, scale=scale, window=window, softcap=softcap
+        )
+        self.seen.add(layer)
+        return out.view(1, *q.shape), None
+
+    def _resolve(self, *key: Any) -> Op:
+        """The op of a layer of this form; looked up in the first step, then remembered."""
+        op = self._found.get(key)
+        if op is None:
+            num_heads, num_kv_heads, head_dim, window, softcap = key
+            spec = self._spec
+            if (num_kv_heads, head_dim) != (spec.num_kv_heads, spec.head_dim):
+                raise Unsupported(
+                    f"{spec.architecture} has {num_kv_heads} key heads of {head_dim}, config.json "
+                    f"says {spec.num_kv_heads} of {spec.head_dim}."
+                )
+            op = self._found[key] = self._ops.resolve(
+                "attention", dtype=spec.dtype, head_dim=head_dim, num_heads=num_heads,
+                num_kv_heads=num_kv_heads, window=window, softcap=softcap,
+            )  # fmt: skip
+        return op
+
+    def check(self) -> None:
+        """Every layer must have come to us, or its text is lost between steps."""
+        lost = set(range(self._spec.num_layers)) - self.seen
+        if lost:
+            raise Unsupported(
+                f"{len(lost)} of {self._spec.num_layers} layers of {self._spec.architecture} keep "
+                "a state that is no KV, or do not use transformers' attention interface."
+            )
+
+
+def _refuse_strange(where: str, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raises Unsupported for an attention that is not plain causal attention."""
+    strange = [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS]
+    if strange:
+        raise Unsupported(
+            f"{where} wants {', '.join(strange)} in its attention, which the fallback cannot do."
+        )
+    if not (kwargs.get("is_causal") or getattr(module, "is_causal", True)):
+        raise Unsupported(f"{where} is not causal attention.")
+
+
+class _Step:
+    """The step function: packed rows in, logits of the wanted rows out."""
+
+    def __init__(self, model: Any, attention: PagedAttention) -> None:
+        self._model, self._attention = model, attention
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._checked = False
+
+    def __call__(self, batch: StepBatch, kv: KV) -> Tensor:
+        """Logits [R, vocab] float32."""
+        rows = batch.logit_rows.long()
+        options = {"logits_to_keep": rows} if self._keeps else {}
+        self._attention.begin(batch, kv)
+        try:
+            with torch.inference_mode():
+                logits: Tensor = self._model(
+                    input_ids=batch.token_ids.long()[None],
+                    position_ids=batch.positions.long()[None],
+                    use_cache=False,
+                    **options,
+                ).logits[0]
+        finally:
+            self._attention.end()
+        if not self._checked:
+            self._attention.check()
+            self._checked = True
+        return (logits if self._keeps else logits[rows]).float()
