@@ -1,7 +1,7 @@
 """2,000 requests with mixed lengths, shared prefixes, aborts and too little memory.
 Is every one answered, and every block freed?
 
-    python benchmarks/soak.py [--model demo] [--backend cpu] [--requests 2000] [--blocks 160]
+    python benchmarks/soak.py [--model demo] [--backend cpu] [--requests 2000] [--blocks 320]
     [--seed 0]
 
 Prints the requests by how they ended, preemptions, prefix-cache hits, KV waste (slots of allocated
@@ -30,15 +30,15 @@ from tokenry.params import SamplingParams
 
 def make_requests(rng: random.Random, count: int, vocab: int) -> list[AddRequest]:
     """Mixed lengths; half of the prompts begin with one of four shared prefixes."""
-    prefixes = [tuple(rng.randrange(5, vocab) for _ in range(n)) for n in (48, 96, 160, 256)]
+    prefixes = [tuple(rng.randrange(5, vocab) for _ in range(n)) for n in (96, 160, 256, 320)]
     requests = []
     for i in range(count):
-        own = tuple(rng.randrange(5, vocab) for _ in range(int(rng.lognormvariate(3.2, 0.9)) + 1))[
+        own = tuple(rng.randrange(5, vocab) for _ in range(int(rng.lognormvariate(4.4, 0.8)) + 1))[
             :400
         ]
         prompt = (rng.choice(prefixes) if rng.random() < 0.5 else ()) + own
         params = SamplingParams(
-            max_tokens=max(1, min(200, int(rng.lognormvariate(3.0, 0.8)))),
+            max_tokens=max(1, min(300, int(rng.lognormvariate(4.0, 0.7)))),
             temperature=rng.choice((0.0, 0.7, 1.0)),
             seed=i,
             ignore_eos=True,
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--blocks", type=int, default=160)
+    parser.add_argument("--blocks", type=int, default=320)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenry.backend.base import StepBatch
 from tokenry.backend.contract import Bucket
 from tokenry.backend.reference import REFERENCE_OPS
-from tokenry_cpu.ops import cpu_ops
+from tokenry_cpu.ops import cpu_ops, padded_rows
 
 OPS = cpu_ops()
 BLOCK = 32
@@ -175,3 +175,10 @@ def test_experts_agree_with_the_reference_and_keep_their_bits(renormalize):
     torch.testing.assert_close(full, want, rtol=1e-4, atol=1e-5)
     for rows in (slice(0, 1), slice(4, 11)):
         assert torch.equal(OPS["moe"](x[rows], router[rows], packed, **rule), full[rows])
+
+
+def test_linear_computes_few_different_row_counts():
+    counts = {padded_rows(rows) for rows in range(1, 2049)}
+    assert len(counts) < 32
+    assert 1 not in counts
+    assert all(rows <= padded_rows(rows) <= max(2, 1.5 * rows + 2) for rows in range(1, 2049))

@@ -53,7 +53,7 @@ class CpuBackend(Backend):
 
     caps = Caps(
         dtypes=("float32", "bfloat16", "float16"),
-        block_sizes=(32, 16, 64, 128),
+        block_sizes=(16, 32, 64, 128),
         batch_invariant=True,
     )
 
