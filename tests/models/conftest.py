@@ -49,16 +49,13 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return PlainBackend() if request.param == "reference" else CpuBackend(CpuOptions(threads=1))
 
 
-@pytest.fixture
-def plain() -> Backend:
-    """Reference ops only, where the kernels do not matter."""
-    return PlainBackend()
-
-
 class Driver:
     """A loaded model that computes whole texts, in chunks, several at a time."""
 
-    def __init__(self, path: Path, backend: Backend, dtype: str = "float32", **options: Any):
+    def __init__(
+        self, path: Path, backend: Backend | None = None, dtype: str = "float32", **options: Any
+    ):
+        backend = backend or PlainBackend()
         self.spec = load_spec(path, dtype=dtype, **options)
         self.backend = backend
         self.ops = OpTable(backend.ops())
@@ -214,7 +211,7 @@ def same_as_transformers(
 
 @pytest.fixture
 def drive() -> type[Driver]:
-    """`drive(path, backend, dtype="float32", **load_spec options)`."""
+    """`drive(path, backend=reference ops, dtype="float32", **load_spec options)`."""
     return Driver
 
 

@@ -25,17 +25,17 @@ def test_a_model_that_only_transformers_knows_computes_the_same(name, make, same
     assert driver.spec.notes == (f"{architecture} runs through the transformers fallback",)
 
 
-def test_the_fallback_has_no_linear_of_torch_left(make, plain, drive):
+def test_the_fallback_has_no_linear_of_torch_left(make, drive):
     path, _ = make("StableLmConfig")
-    driver = drive(path, plain)
+    driver = drive(path)
     per_layer = 7  # q, k, v, o, gate, up, down
     assert driver.ops.fallbacks["linear"] == 2 * per_layer + 1
 
 
-def test_the_fallback_makes_dummy_weights(make, plain, drive):
+def test_the_fallback_makes_dummy_weights(make, drive):
     path, _ = make("StableLmConfig")
     (path / "model.safetensors").unlink()
-    driver = drive(path, plain, dummy=True)
+    driver = drive(path, dummy=True)
     logits, _ = driver.greedy([[5, 6, 7]], 2)
     assert logits[0].isfinite().all()
     assert driver.spec.weight_bytes == 0
@@ -64,9 +64,9 @@ def test_a_model_without_positions_is_refused(make):
         load_spec(path, dtype="float32")
 
 
-def test_a_model_with_sinks_in_its_attention_is_refused_in_the_first_step(make, plain, drive):
+def test_a_model_with_sinks_in_its_attention_is_refused_in_the_first_step(make, drive):
     path, _ = make("GptOssConfig", head_dim=8, num_local_experts=2, num_experts_per_tok=1)
-    driver = drive(path, plain)
+    driver = drive(path)
     driver.open(1, 4)
     with pytest.raises(Unsupported, match="s_aux"):
         driver.run([(0, [5, 6], 0)])

@@ -22,7 +22,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 class ModelConfig:
     """Facts that every decoder has.
 
-    max_len        longest context that the model was made for.
+    trained_len    max_position_embeddings. max_len: the longest context it serves, more where the
+                   rope is stretched.
     dtype          of the checkpoint.
     raw            the file as it is; for composite models their text part, laid over the rest.
     eos_token_ids  of generation_config.json, else of config.json.
@@ -36,6 +37,7 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    trained_len: int
     max_len: int
     tied: bool
     dtype: str
@@ -81,37 +83,49 @@ def read_config(path: Path) -> ModelConfig:
     merged = {**raw, **text} if isinstance(text, dict) else raw
     try:
         return _config(str(architectures[0]), merged, _eos(path, merged))
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ModelLoadError(
-            f"{path / 'config.json'} lacks or garbles a field: {type(error).__name__} {error}."
+            f"{path / 'config.json'}: {error}.", mend="download config.json again, or repair it"
         ) from error
 
 
 def _config(architecture: str, raw: Mapping[str, Any], eos: tuple[int, ...]) -> ModelConfig:
-    def first(*names: str) -> Any:
-        for name in names:
-            if raw.get(name) is not None:
-                return raw[name]
-        raise KeyError(names[0])
+    def number(*names: str, default: int | None = None) -> int:
+        value = next((raw[name] for name in names if raw.get(name) is not None), default)
+        if type(value) is not int or value < 1:
+            said = "is missing" if value is None else f"is {value!r}, not a number above 0"
+            raise ValueError(f"{names[0]!r} {said}")
+        return value
 
-    hidden = int(first("hidden_size", "n_embd", "d_model"))
-    heads = int(first("num_attention_heads", "n_head", "num_heads"))
+    hidden = number("hidden_size", "n_embd", "d_model")
+    heads = number("num_attention_heads", "n_head", "num_heads")
+    trained_len = number("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden,
-        num_layers=int(first("num_hidden_layers", "n_layer", "num_layers")),
+        num_layers=number("num_hidden_layers", "n_layer", "num_layers"),
         num_heads=heads,
-        num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden // heads),
-        intermediate_size=int(raw.get("intermediate_size") or raw.get("n_inner") or 4 * hidden),
-        vocab_size=int(first("vocab_size")),
-        max_len=int(first("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")),
+        num_kv_heads=number("num_key_value_heads", default=heads),
+        head_dim=number("head_dim", default=hidden // heads),
+        intermediate_size=number("intermediate_size", "n_inner", default=4 * hidden),
+        vocab_size=number("vocab_size"),
+        trained_len=trained_len,
+        max_len=_stretched(raw, trained_len),
         tied=bool(raw.get("tie_word_embeddings", _tied_by_default(architecture))),
         dtype=dtype if dtype in DTYPES else "float32",
         eos_token_ids=eos,
         raw=raw,
     )
+
+
+def _stretched(raw: Mapping[str, Any], length: int) -> int:
+    """What a stretched rope serves; max_position_embeddings often stays at the original length."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind, factor = rope.get("rope_type") or rope.get("type"), rope.get("factor") or 1.0
+    if kind == "yarn":
+        return max(length, int(rope.get("original_max_position_embeddings", length) * factor))
+    return int(length * factor) if kind == "dynamic" else length
 
 
 def _tied_by_default(architecture: str) -> bool:
@@ -124,7 +138,9 @@ def _tied_by_default(architecture: str) -> bool:
 def _eos(path: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     generation = path / "generation_config.json"
     source = read_json(generation) if generation.exists() else {}
-    value = source.get("eos_token_id", raw.get("eos_token_id"))
+    value = source.get("eos_token_id")
+    if value is None:
+        value = raw.get("eos_token_id")
     if value is None:
         return ()
     return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
@@ -137,7 +153,11 @@ def read_json(path: Path, *, mend: str = "name a directory that holds a model") 
     except FileNotFoundError:
         raise ModelLoadError(f"There is no {path.name} in {path.parent}.", mend=mend) from None
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path} cannot be read as JSON: {error}.") from error
+        raise ModelLoadError(
+            f"{path} cannot be read as JSON: {error}.", mend="download it again, or repair it"
+        ) from error
     if not isinstance(data, dict):
-        raise ModelLoadError(f"{path} holds a {type(data).__name__}, not an object.")
+        raise ModelLoadError(
+            f"{path} holds a {type(data).__name__}, not an object.", mend="download it again"
+        )
     return data

@@ -271,7 +271,7 @@ def _table(
             layer.rope,
             head_dim=layer.attention.head_dim,
             max_len=max_len,
-            trained_len=config.max_len,
+            trained_len=config.trained_len,
         ).to(device)
     return tables[key]
 

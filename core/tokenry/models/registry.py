@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenry.backend.base import StepFn, WeightIter
 from tokenry.backend.contract import Caps
@@ -21,6 +21,9 @@ from tokenry.models.config import ModelConfig, read_config
 from tokenry.models.decoder import Decoder, DecoderPlan, decoder_step
 from tokenry.models.layers import Loader
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
+
+if TYPE_CHECKING:
+    from tokenry.models.fallback import FallbackSpec
 
 NATIVE: Mapping[str, str] = {
     "LlamaForCausalLM": "llama:plan",
@@ -122,28 +125,48 @@ def load_spec(
     max_model_len: int | None = None,
     dummy: bool = False,
     trust_remote_code: bool = False,
-) -> Any:
+) -> NativeSpec | FallbackSpec:
     """The spec of a checkpoint. dtype is resolved already (see `pick_dtype`). Raises
     ModelLoadError.
     """
     model = read_config(path)
-    length = min(max_model_len or model.max_len, 2**22)
-    if max_model_len is not None and max_model_len > model.max_len and not model.rope:
-        raise ModelLoadError(
-            f"The model has {model.max_len} learned positions, {max_model_len} are asked for.",
-            mend=f"--max-model-len {model.max_len}",
-        )
+    length = max_model_len or model.max_len
     entry = NATIVE.get(model.architecture)
     if entry is None:
         from tokenry.models.fallback import load_fallback
 
+        _check_length(model, length, learned=True)
         return load_fallback(
             path, model, dtype=dtype, max_model_len=length, dummy=dummy, trust=trust_remote_code
         )
     module, function = entry.split(":")
     plan = getattr(importlib.import_module(f"tokenry.models.families.{module}"), function)(model)
+    notes = _check_length(model, length, learned=plan.positions is not None)
     return NativeSpec(
-        path=path, model=model, plan=plan, dtype=dtype, max_model_len=length, dummy=dummy
+        path=path,
+        model=model,
+        plan=plan,
+        dtype=dtype,
+        max_model_len=length,
+        dummy=dummy,
+        notes=notes,
+    )
+
+
+def _check_length(model: ModelConfig, length: int, *, learned: bool) -> tuple[str, ...]:
+    """Rotary positions can go on past the model's length, which is worth a note; learned ones (and
+    the fallback's, of which we do not know) cannot: ModelLoadError.
+    """
+    if length <= model.max_len:
+        return ()
+    if learned:
+        raise ModelLoadError(
+            f"{model.architecture} has {model.max_len} positions, {length} are asked for.",
+            mend=f"--max-model-len {model.max_len}",
+        )
+    return (
+        f"max_model_len {length} is beyond the {model.max_len} tokens this model was made for: "
+        "expect nonsense there",
     )
 
 

@@ -1,6 +1,6 @@
 """Rotary position tables, with every scaling that published checkpoints use.
 
-In: rope parameters of a config, named as transformers' `rope_parameters`. Out: [max_len, 2, rot / 2]
+In: rope parameters of a config, named as in transformers 5. Out: [max_len, 2, rot / 2]
 float32, cos and sin, for the `rope` op. Formulas: RoPE arXiv 2104.09864, dynamic NTK and YaRN arXiv
 2309.00071, LongRoPE arXiv 2402.13753, Llama 3.1's from its reference code.
 """
@@ -29,6 +29,17 @@ def rope_table(
 
     Raises ModelLoadError for an unknown rope_type or a parameter that it lacks.
     """
+    try:
+        return _table(parameters, head_dim, max_len, trained_len)
+    except KeyError as error:
+        raise ModelLoadError(
+            f"The rope scaling {parameters.get('rope_type')!r} of config.json lacks "
+            f"{error.args[0]!r}.",
+            mend="add it, or download config.json again",
+        ) from error
+
+
+def _table(parameters: Mapping[str, Any], head_dim: int, max_len: int, trained_len: int) -> Tensor:
     rot = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     kind = parameters.get("rope_type", "default")
     base = float(parameters["rope_theta"])
