@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import tempfile
@@ -181,7 +182,7 @@ def compare(at: Path, backend: str, want: tuple[list[list[int]], list[torch.Tens
             ):
                 assert entry is not None
                 gap = abs(entry[token].logprob - float(expected))
-                worst = gap if gap != gap else max(worst, gap)
+                worst = gap if math.isnan(gap) else max(worst, gap)
     return Score(equal, total, worst)
 
 

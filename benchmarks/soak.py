@@ -1,13 +1,10 @@
-"""2,000 requests with mixed lengths, shared prefixes, aborts and too little memory.
-Is every one answered, and every block freed?
+"""Serve 2,000 requests of mixed lengths with shared prefixes, aborts and too little memory.
 
     python benchmarks/soak.py [--model demo] [--backend cpu] [--requests 2000] [--blocks 320]
-    [--seed 0]
 
 Prints the requests by how they ended, preemptions, prefix-cache hits, KV waste (slots of allocated
-blocks that hold no
-token), and the resident memory per eighth of the run. Exit status 1 if a request is unanswered or
-a block is leaked.
+blocks that hold no token), and the resident memory per eighth of the run. Exit status 1 if a
+request is unanswered or a block is leaked.
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ import sys
 import time
 
 import psutil
-from tokenry.assemble import assemble
 from tqdm import tqdm
 
+from tokenry.assemble import assemble
 from tokenry.config import EngineConfig
 from tokenry.engine.core import EngineCore
 from tokenry.messages import AddRequest
@@ -133,9 +130,7 @@ def main() -> int:
     hits = stats.prefix_cache_hits / max(1, stats.prefix_cache_queries)
     print(f"prefix-cache hits     {stats.prefix_cache_hits} tokens, {hits:.1%} of those asked")
     print(f"KV waste              mean {sum(soak.waste) / len(soak.waste):.2%} of allocated slots")
-    print(
-        f"KV in use at the end  {leaked:.1%} (0 means no leaked block; integrity checked every step)"
-    )
+    print(f"KV in use at the end  {leaked:.1%} (0: no leaked block; integrity checked every step)")
     print(f"resident MiB          {' '.join(mib)} (each eighth of the run)")
     assembled.engine.close()
     return 0 if answered == args.requests and leaked == 0 else 1

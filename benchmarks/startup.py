@@ -87,7 +87,8 @@ def main() -> None:
         ready, first = (statistics.median(t[i] for t in times) for i in (0, 1))
         spread = f"{min(t[1] for t in times):.2f} .. {max(t[1] for t in times):.2f}"
         print(
-            f"{model}: ready {ready:.2f} s, first token {first:.2f} s (median of {args.runs}; {spread})"
+            f"{model}: ready {ready:.2f} s, first token {first:.2f} s "
+            f"(median of {args.runs}; {spread})"
         )
 
 

@@ -21,7 +21,7 @@ from tokenry.hub import find_model
 from tokenry.messages import Ready, Stats
 from tokenry.models.config import read_config
 from tokenry.models.registry import load_spec, pick_dtype
-from tokenry.runner.memory import MemoryLimits, check_weights_fit, ledger_lines
+from tokenry.runner.memory import MemoryLimits, check_weights_fit
 from tokenry.runner.runner import ModelRunner, RunnerConfig
 from tokenry.runner.sampler import ProcessorFactory, installed_processors
 
@@ -91,7 +91,7 @@ def assemble(
     )
     engine = Engine(_limits(config, runner), runner)
     notes = [*spec.notes, *(f"{c.field} = {c.value}: {c.why}" for c in changes)]
-    notes += [*runner.plan.notes, *ledger_lines(runner.plan, runner.block_size)]
+    notes += runner.plan.notes
     fallbacks = runner.stats()[2]
     if fallbacks:
         named = ", ".join(f"{name} x{count}" for name, count in sorted(fallbacks.items()))

@@ -92,7 +92,8 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs "
                 f"({self.max_num_seqs}): not every request could get a token in a step.",
-                mend=f"--max-num-seqs {self.max_num_batched_tokens}, or a larger --max-num-batched-tokens",
+                mend=f"--max-num-seqs {self.max_num_batched_tokens}, "
+                "or a larger --max-num-batched-tokens",
             )
         for option in self.backend_option:
             if "=" not in option:

@@ -63,8 +63,9 @@ class ContextLengthExceeded(RequestError):
         self, *, max_model_len: int, num_prompt_tokens: int, param: str = "messages"
     ) -> None:
         super().__init__(
-            f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
-            f"{num_prompt_tokens} tokens, and at least one more is needed for the answer.",
+            f"This model's maximum context length is {max_model_len} tokens. "
+            f"However, your prompt has {num_prompt_tokens} tokens, and the "
+            "answer needs at least one more.",
             param=param,
             mend=f"shorten the prompt to {max_model_len - 1} tokens or fewer",
         )

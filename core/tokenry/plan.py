@@ -60,7 +60,8 @@ class Row:
 class StepPlan:
     """One step. A token that the engine does not know yet (sampled by the step still in flight) is
     simply the
-    request's next one: the runner takes it from the device."""
+    request's next one: the runner takes it from the device.
+    """
 
     step: int
     new: tuple[NewRequest, ...] = ()
@@ -118,8 +119,8 @@ class StepRunner(Protocol):
         """Launch the step; the returned function waits for its outcome. Steps are run in the order
         of their plans.
 
-        An exception from either call fails the requests of the plan. The step after it may be launched
-        already, with rows of these requests: the runner reports them by `RowResult.error`, and computes
-        the others.
+        An exception from either call fails the requests of the plan. The step after it may be
+        launched already, with rows of these requests: the runner reports them by
+        `RowResult.error`, and computes the others.
         """
         ...

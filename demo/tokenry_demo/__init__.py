@@ -1,4 +1,4 @@
-"""Where the bundled story models lie; found by tokenry through the entry-point group `tokenry.models`."""
+"""Where the story models lie; found through the entry-point group `tokenry.models`."""
 
 from pathlib import Path
 

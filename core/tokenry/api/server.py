@@ -171,7 +171,8 @@ def _welcome(ready: Ready, address: str, name: str) -> list[str]:
     return [
         f"{ready.architecture} in {ready.dtype} on {ready.device_name} ({ready.backend})",
         f"memory: {ledger}" if ledger else "memory: not told by the backend",
-        f"context {ready.max_model_len} tokens, KV cache for {tokens} tokens",
+        f"context {ready.max_model_len} tokens, KV cache for {tokens} tokens: "
+        f"{tokens / ready.max_model_len:.1f} requests of that length at once",
         *(f"note: {note}" for note in ready.notes),
         f"try:  curl -N {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
         f"page: {address}/",

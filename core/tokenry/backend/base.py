@@ -115,11 +115,25 @@ class Op(Protocol):
 class ModelSpec(Protocol):
     """What a backend may know of a model; `torch_step` is the core's own over the given ops."""
 
-    architecture: str
-    config: Mapping[str, Any]
-    dtype: str
-    vocab_size: int
-    max_model_len: int
+    @property
+    def architecture(self) -> str:
+        """As config.json names it."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits of a row."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions to be served."""
 
     def torch_step(self, weights: WeightIter, ops: OpTable, caps: Caps) -> StepFn:
         """Build the core's torch model on caps.input_device, load `weights` into it, return its

@@ -162,7 +162,8 @@ class BlockManager:
         unheld = {b for b in range(1, self.num_blocks) if not self._references[b]}
         if unheld != self._unheld.keys():
             raise IntegrityError(
-                f"unheld blocks: by reference count {sorted(unheld)}, in the list {sorted(self._unheld)}"
+                f"unheld blocks: by reference count {sorted(unheld)}, "
+                f"in the list {sorted(self._unheld)}"
             )
         if {h: b for b, h in self._hash_of.items()} != self._block_of:
             raise IntegrityError(

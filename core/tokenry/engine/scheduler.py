@@ -80,15 +80,15 @@ class Scheduler:
             raise RequestError("The prompt has no tokens.", param="prompt")
         if num_prompt + (message.params.max_tokens != 0) > limits.max_model_len:
             raise RequestError(
-                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt has "
-                f"{num_prompt} tokens.",
+                f"This model's maximum context length is {limits.max_model_len} tokens. "
+                f"However, your prompt has {num_prompt} tokens.",
                 param="prompt",
                 code="context_length_exceeded",
             )
         if not limits.chunked_prefill and num_prompt > limits.max_num_batched_tokens:
             raise RequestError(
-                f"The prompt has {num_prompt} tokens, a step has {limits.max_num_batched_tokens}, and chunked "
-                "prefill is off.",
+                f"The prompt has {num_prompt} tokens, a step has {limits.max_num_batched_tokens}, "
+                "and chunked prefill is off.",
                 param="prompt",
                 mend=f"--max-num-batched-tokens {num_prompt}, or --enable-chunked-prefill",
             )
@@ -320,8 +320,8 @@ class Scheduler:
     def _too_large(self, request: Request, num_tokens: int) -> str:
         blocks, size = self.blocks, self.limits.block_size
         return (
-            f"The request needs {blocks.num_blocks_for(num_tokens)} KV blocks of {size} tokens for its "
-            f"{num_tokens} tokens, the KV cache has {blocks.num_usable}.\n"
+            f"The request needs {blocks.num_blocks_for(num_tokens)} KV blocks of {size} tokens "
+            f"for its {num_tokens} tokens, the KV cache has {blocks.num_usable}.\n"
             "  mend: a lower --max-model-len, or more memory for the KV cache (--memory-fraction)"
         )
 
@@ -347,7 +347,7 @@ class Scheduler:
                 request.num_pending = int(id(request) in sampled_again)
             if request.scores_prompt:
                 if planned.epoch != request.epoch:
-                    continue  # preempted since: it scores its prompt anew and draws the same token again
+                    continue  # preempted since: it scores its prompt anew and draws the same token
                 request.prompt_logprobs.extend(row.prompt_logprobs)
             self._take(request, planned, row)
 

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenry.backend.base import StepFn, WeightIter
 from tokenry.backend.contract import Caps
@@ -21,9 +21,6 @@ from tokenry.models.config import ModelConfig, read_config
 from tokenry.models.decoder import Decoder, DecoderPlan, decoder_step
 from tokenry.models.layers import Loader
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
-
-if TYPE_CHECKING:
-    from tokenry.models.fallback import FallbackSpec
 
 NATIVE: Mapping[str, str] = {
     "LlamaForCausalLM": "llama:plan",
@@ -125,8 +122,8 @@ def load_spec(
     max_model_len: int | None = None,
     dummy: bool = False,
     trust_remote_code: bool = False,
-) -> NativeSpec | FallbackSpec:
-    """The spec of a checkpoint. dtype is resolved already (see `pick_dtype`). Raises
+) -> Any:
+    """The NativeSpec or FallbackSpec of a checkpoint. dtype is resolved already (see `pick_dtype`). Raises
     ModelLoadError.
     """
     model = read_config(path)

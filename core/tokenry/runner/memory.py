@@ -46,8 +46,9 @@ def check_weights_fit(weight_bytes: int, memory: MemoryInfo, fraction: float) ->
     if weight_bytes + memory.used <= budget:
         return
     raise KVCacheTooSmall(
-        f"The weights need {weight_bytes / GIB:.2f} GiB, {max(0, budget - memory.used) / GIB:.2f} GiB "
-        f"of {memory.total / GIB:.2f} GiB may be used (fraction {fraction}).",
+        f"The weights need {weight_bytes / GIB:.2f} GiB, "
+        f"{max(0, budget - memory.used) / GIB:.2f} GiB of "
+        f"{memory.total / GIB:.2f} GiB may be used (fraction {fraction}).",
         mend=f"--memory-fraction higher (now {fraction}), a smaller --dtype, or a smaller model",
     )
 
@@ -111,16 +112,3 @@ def _too_small(
         f"({max(0, num_blocks - 1)} blocks of {spec.block_size} tokens).",
         mend=", or ".join(mends),
     )
-
-
-def ledger_lines(plan: MemoryPlan, block_size: int) -> tuple[str, ...]:
-    """The ledger as text: a line per item, then the context and how many full-length requests fit
-    at once.
-    """
-    lines = [f"  {name:<12} {size / GIB:8.3f} GiB" for name, size in plan.ledger.items()]
-    per_request = -(-plan.max_model_len // block_size)
-    lines.append(
-        f"  {plan.num_blocks} blocks of {block_size} tokens: context {plan.max_model_len}, "
-        f"{(plan.num_blocks - 1) / per_request:.1f} requests of that length at once"
-    )
-    return tuple(lines)

@@ -91,7 +91,7 @@ def pack(
         arrays["logit_rows"][:] = np.arange(T, dtype=np.int32)
     else:
         arrays["logit_rows"][:n] = firsts + counts - 1
-    return Packed(HostBatch(bucket=bucket, **arrays), feeds_back)
+    return Packed(_host_batch(bucket, arrays), feeds_back)
 
 
 def _fill_single(
@@ -145,6 +145,11 @@ def _fill_chunks(
     return feeds_back
 
 
+def _host_batch(bucket: Bucket, arrays: dict[str, IntArray]) -> HostBatch:
+    values: dict[str, Any] = dict(arrays)
+    return HostBatch(bucket=bucket, **values)
+
+
 def _feedback(state: RequestState) -> int:
     assert state.feedback is not None, "planned a token that was never sampled"
     return state.feedback
@@ -187,7 +192,7 @@ def blank_batch(bucket: Bucket, width: int, *, uniform_q: bool) -> HostBatch:
     arrays["q_start"][1:] = np.cumsum(lens)
     arrays["positions"][:] = np.arange(T) - np.repeat(arrays["q_start"][:-1], lens)
     arrays["logit_rows"][:] = np.arange(T) if bucket.logits == "all" else arrays["q_start"][1:] - 1
-    return HostBatch(bucket=bucket, **arrays)
+    return _host_batch(bucket, arrays)
 
 
 def to_device(host: HostBatch, backend: Backend) -> tuple[StepBatch, Tensor]:

@@ -56,6 +56,6 @@ class Programs:
                 raise DeviceOOM(
                     f"No memory to warm up {bucket} ({i} of {len(self.buckets)} programs made): "
                     f"{error.message}",
-                    mend="--max-num-seqs or --max-num-batched-tokens lower, or --memory-fraction lower",
+                    mend="--max-num-seqs, --max-num-batched-tokens or --memory-fraction lower",
                 ) from error
             progress((i + 1) / len(self.buckets))

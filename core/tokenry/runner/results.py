@@ -121,13 +121,14 @@ class PartialStep:
         for rows in self._sampled:
             tokens, broken = arrays[rows.at], arrays[rows.at + 1]
             any_broken = bool(broken.any())
-            for row, i in rows.pairs:
+            for index, i in rows.pairs:
                 if any_broken and broken[i]:
-                    self.fail(self._plan.rows[row].request_id, NAN_LOGITS)
+                    self.fail(self._plan.rows[index].request_id, NAN_LOGITS)
                 else:
-                    token_of[row] = int(tokens[i])
+                    token_of[index] = int(tokens[i])
         logprobs, prompt_logprobs = self._finish_scores(arrays, token_of)
-        results, lessons = [], []
+        results: list[RowResult] = []
+        lessons: list[tuple[RequestState, tuple[int, ...]]] = []
         for i, row in enumerate(self._plan.rows):
             error = self._errors.get(row.request_id)
             if error is not None:

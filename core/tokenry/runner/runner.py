@@ -39,9 +39,17 @@ Progress = Callable[[str, float], None]
 class ModelShape(ModelSpec, Protocol):
     """A model whose KV the runner can size."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    @property
+    def num_layers(self) -> int:
+        """Layers with KV."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads of a layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Of keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

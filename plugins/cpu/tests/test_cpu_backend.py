@@ -136,3 +136,16 @@ def test_kv_is_zeroed_and_too_much_is_refused(threads):
     with pytest.raises(DeviceOOM, match="GiB is free"):
         backend.alloc_kv(spec, backend.memory().total // spec.block_bytes + 1)
     assert backend.alloc_kv(spec, 1)
+
+
+def test_activations_are_the_peak_of_the_step_not_what_is_left_of_it():
+    backend = CpuBackend(CpuOptions(threads=1))
+    spec = KVSpec(num_layers=1, num_kv_heads=1, head_dim=32, block_size=16, dtype="float32")
+    size = 300 * 2**20
+
+    def probe():
+        torch.ones(size, dtype=torch.uint8).sum()
+
+    plan = backend.plan_kv(spec, backend.memory().total, probe)
+    assert plan.ledger["activations"] >= size * 0.9
+    assert plan.ledger["kv"] == plan.num_blocks * spec.block_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from tokenry.backend.base import KV, Backend, Op
-from tokenry.backend.contract import Caps, HostBatch, KVSpec, MemoryInfo
+from tokenry.backend.contract import Caps, HostBatch, KVPlan, KVSpec, MemoryInfo
 from tokenry.errors import ConfigError, DeviceOOM
-from tokenry_cpu.memory import cpu_quota, read_memory
+from tokenry_cpu.memory import cpu_quota, read_memory, read_peak, reset_peak
 from tokenry_cpu.ops import cpu_ops, plan_rows
 
 
@@ -82,6 +82,23 @@ class CpuBackend(Backend):
         shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         dtype = getattr(torch, spec.dtype)
         return [torch.zeros(shape, dtype=dtype) for _ in range(spec.num_layers)]
+
+    def plan_kv(self, spec: KVSpec, budget: int, probe: Callable[[], None] | None) -> KVPlan:
+        """As the base class, with activations from the resident set's peak: what a step needs is
+        given back to the kernel by the time it is over. `weights` is all that the process holds.
+        """
+        before = self.memory().used
+        reset = probe is not None and reset_peak(self._root)
+        plan = super().plan_kv(spec, budget, probe)
+        if not reset:
+            return plan
+        activations = max(plan.ledger["activations"], read_peak(self._root) - before)
+        room = plan.ledger["kv"] - (activations - plan.ledger["activations"])
+        num_blocks = max(0, room // spec.block_bytes)
+        kv = num_blocks * spec.block_bytes
+        return KVPlan(
+            num_blocks=num_blocks, ledger={**plan.ledger, "activations": activations, "kv": kv}
+        )
 
     def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:
         """Which rows attention takes together."""

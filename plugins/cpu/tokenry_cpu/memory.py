@@ -91,10 +91,28 @@ def _meminfo(root: Path) -> dict[str, int]:
     return facts
 
 
+def reset_peak(root: Path) -> bool:
+    """Start a new peak of the resident set (proc(5), clear_refs 5); False: not allowed."""
+    try:
+        (root / "proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def read_peak(root: Path) -> int:
+    """Largest resident set of this process since the last reset, in bytes."""
+    return _status(root, "VmHWM")
+
+
 def _resident(root: Path) -> int:
     """Resident bytes of this process, from VmRSS (statm would need the page size)."""
+    return _status(root, "VmRSS")
+
+
+def _status(root: Path, field: str) -> int:
     for line in (root / "proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0
 
