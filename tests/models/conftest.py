@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tokenry.backend.base import Backend, StepBatch
-from tokenry.backend.contract import Bucket, Caps, HostBatch, KVSpec, MemoryInfo
+from tokenry.backend.contract import Bucket, HostBatch, KVSpec, MemoryInfo
 from tokenry.backend.ops import OpTable
 from tokenry.models.registry import load_spec
 from tokenry_cpu.backend import CpuBackend, CpuOptions
@@ -233,9 +233,3 @@ def edit() -> Callable[..., None]:
         save_file({**tensors, **(add or {})}, file)
 
     return change
-
-
-@pytest.fixture
-def caps() -> Caps:
-    """The conservative defaults."""
-    return Caps()

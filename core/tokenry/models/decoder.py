@@ -213,6 +213,10 @@ class Decoder:
         self, loader: Loader, config: ModelConfig, plan: DecoderPlan, *, max_len: int
     ) -> None:
         self._loader, self._plan = loader, plan
+        scale = plan.embed_scale  # rounded to the model's dtype, as the models were trained
+        self._embed_scale = (
+            None if scale is None else float(torch.tensor(scale, dtype=loader.dtype))
+        )
         self._embed = Embedding(loader, "embed_tokens", config.vocab_size, config.hidden_size)
         self._positions = (
             None
@@ -241,8 +245,8 @@ class Decoder:
         """Logits [R, vocab] float32."""
         plan = self._plan
         x = self._embed(batch.token_ids)
-        if plan.embed_scale is not None:
-            x = x * plan.embed_scale
+        if self._embed_scale is not None:
+            x = x * self._embed_scale
         if self._positions is not None:
             x = x + self._positions(batch.positions)
         delta: Tensor | None = None

@@ -361,27 +361,29 @@ class Moe:
             "moe", dtype=loader.dtype_name, num_experts=n, top_k=plan.top_k, kind=kind
         )
         self._router = Linear(loader, [f"{name}.gate"], [n], hidden, bias=False)
-        w13 = torch.empty(n, 2 * inner, hidden, dtype=loader.dtype, device=loader.device)
-        w2 = torch.empty(n, hidden, inner, dtype=loader.dtype, device=loader.device)
         self.weights: Any = None
+        shapes = {"w13": (n, 2 * inner, hidden), "w2": (n, hidden, inner)}
+        raw: dict[str, Tensor] = {}  # only while the experts of this layer come in
         left = 3 * n
 
-        def into(target: Tensor) -> Accept:
+        def into(key: str, expert: int, rows: slice) -> Accept:
             def take(tensor: Tensor) -> None:
                 nonlocal left
-                target.copy_(tensor)
+                if key not in raw:
+                    raw[key] = tensor.new_empty(shapes[key])
+                raw[key][expert, rows].copy_(tensor)
                 left -= 1
                 if left == 0:
-                    self.weights = self._op.pack({"w13": w13, "w2": w2})
+                    self.weights = self._op.pack({key: raw.pop(key) for key in shapes})
 
             return take
 
         gate, up, down = plan.parts
         for e in range(n):
             at = f"{name}.experts.{e}"
-            loader.expect(f"{at}.{gate}.weight", (inner, hidden), into(w13[e, :inner]))
-            loader.expect(f"{at}.{up}.weight", (inner, hidden), into(w13[e, inner:]))
-            loader.expect(f"{at}.{down}.weight", (hidden, inner), into(w2[e]))
+            loader.expect(f"{at}.{gate}.weight", (inner, hidden), into("w13", e, slice(0, inner)))
+            loader.expect(f"{at}.{up}.weight", (inner, hidden), into("w13", e, slice(inner, None)))
+            loader.expect(f"{at}.{down}.weight", (hidden, inner), into("w2", e, slice(None)))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden]."""

@@ -123,8 +123,9 @@ def load_spec(
     dummy: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The NativeSpec or FallbackSpec of a checkpoint. dtype is resolved already (see `pick_dtype`). Raises
-    ModelLoadError.
+    """The NativeSpec or FallbackSpec of a checkpoint; dtype is resolved already, see `pick_dtype`.
+
+    Raises ModelLoadError, UnknownArchitecture.
     """
     model = read_config(path)
     length = max_model_len or model.max_len
