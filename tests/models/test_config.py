@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 
 from tokenry.backend.contract import Caps
 from tokenry.errors import ModelLoadError, TokenryError
@@ -158,3 +159,27 @@ def test_more_context_than_there_are_learned_positions_is_refused(write, archite
     with pytest.raises(ModelLoadError, match=r"256 positions, 512") as caught:
         load_spec(path, dtype="float32", max_model_len=512)
     assert caught.value.mend == "--max-model-len 256"
+
+
+@pytest.mark.parametrize(
+    ("config_name", "own"),
+    [
+        (
+            "Gemma3TextConfig",
+            {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+        ),
+        ("MistralConfig", {"hidden_size": 4096}),
+        ("Qwen3Config", {"hidden_size": 1024, "num_attention_heads": 16}),
+        ("Gemma2Config", {"hidden_size": 2304}),
+    ],
+)
+def test_a_file_without_its_familys_defaults_means_what_transformers_says(write, config_name, own):
+    theirs = getattr(transformers, config_name)(**own)
+    full = {k: getattr(theirs, k) for k in MINIMAL if k != "architectures"}
+    silent = full if config_name != "Gemma3TextConfig" else own
+    raw = {"architectures": ["X"], "model_type": theirs.model_type, **silent}
+    config = read_config(write(raw))
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or config.head_dim)
+    assert (config.num_heads, config.vocab_size) == (theirs.num_attention_heads, theirs.vocab_size)
+    if config_name != "Qwen3Config":  # its window is off by default
+        assert config.get("sliding_window") == theirs.sliding_window

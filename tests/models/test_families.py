@@ -1,6 +1,8 @@
 """Every family against transformers, on the reference ops and on the CPU's kernels."""
 
 import pytest
+import torch
+import transformers
 
 WINDOW = {"sliding_window": 24}
 QUERY = {"query_pre_attn_scalar": 20}
@@ -62,3 +64,37 @@ def test_a_family_computes_what_transformers_computes(name, make, same_as_transf
     config_name, fields = MODELS[name]
     driver = same_as_transformers(*make(config_name, **fields))
     assert driver.spec.notes == ()  # natively, not through the fallback
+
+
+TEXT = {
+    "vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 24,
+    "query_pre_attn_scalar": 20, "initializer_range": 0.15, "max_position_embeddings": 128,
+    **MIXED,
+}  # fmt: skip
+
+
+def test_a_composite_gemma3_is_served_as_its_text_model(tmp_path, drive, ask_transformers, prompts):
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    config = transformers.Gemma3Config(
+        text_config=TEXT, vision_config=vision, mm_tokens_per_image=4, image_token_index=159,
+        boi_token_index=158, eoi_token_index=157,
+    )  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration._from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    model.save_pretrained(tmp_path)
+    prompts = [[token % 150 for token in prompt] for prompt in prompts]  # no image tokens
+    want, tokens = ask_transformers(model, prompts, 4)
+    driver = drive(tmp_path)
+    logits, got = driver.greedy(prompts, 4)
+    for a, b in zip(logits, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert got == tokens
+    assert driver.spec.notes == (
+        "Gemma3ForConditionalGeneration is served as a text model, without images",
+    )

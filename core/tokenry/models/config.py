@@ -15,6 +15,18 @@ from typing import Any
 
 from tokenry.errors import ModelLoadError
 
+UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
+    "gemma3_text": {
+        "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "sliding_window": 4096, "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma2": {"head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256},
+    "mistral": {"sliding_window": 4096},
+    "qwen3": {"head_dim": 128},
+}  # fmt: skip
+"""By model_type: values that published files leave out because they are transformers' defaults."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -81,6 +93,7 @@ def read_config(path: Path) -> ModelConfig:
         )
     text = raw.get("text_config")
     merged = {**raw, **text} if isinstance(text, dict) else raw
+    merged = {**UNWRITTEN.get(str(merged.get("model_type")), {}), **merged}
     try:
         return _config(str(architectures[0]), merged, _eos(path, merged))
     except (TypeError, ValueError) as error:

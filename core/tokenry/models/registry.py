@@ -140,6 +140,8 @@ def load_spec(
     module, function = entry.split(":")
     plan = getattr(importlib.import_module(f"tokenry.models.families.{module}"), function)(model)
     notes = _check_length(model, length, learned=plan.positions is not None)
+    if model.raw.get("vision_config"):
+        notes += (f"{model.architecture} is served as a text model, without images",)
     return NativeSpec(
         path=path,
         model=model,

@@ -4,11 +4,20 @@ turn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from tokenry.models.config import ModelConfig
-from tokenry.models.decoder import DecoderPlan, LayerPlan, NormNames, activation_of, attention_of
+from tokenry.models.decoder import (
+    DecoderPlan,
+    LayerPlan,
+    NormNames,
+    activation_of,
+    attention_of,
+    strip_model,
+)
 
 SANDWICH = NormNames(
     before_attention="input_layernorm",
@@ -63,7 +72,15 @@ def _plan(config: ModelConfig, kinds: list[str], *, qk_norm: str) -> DecoderPlan
         norms=SANDWICH,
         embed_scale=config.hidden_size**0.5,
         final_softcap=config.get("final_logit_softcapping"),
+        rename=_text_only,
     )
+
+
+def _text_only(name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """The usual names, without what a composite Gemma 3 has for images."""
+    if "vision_tower." in name or "multi_modal_projector." in name:
+        return []
+    return strip_model(name, tensor)
 
 
 def _rope(config: ModelConfig, kind: str) -> Mapping[str, Any]:
