@@ -1,10 +1,9 @@
 """An engine process as an object of asyncio: prompts in, streams of `RequestOutput` out.
 
 In: `EngineConfig`, prompts with SamplingParams. Out: outputs as they come; errors to whoever waits.
-Owns the engine's
-process, its socket and an `OutputProcessor`. A process that ends answers every waiting request with
-`EngineDead`.
-Never imports torch: all that computes is on the other side of the socket.
+Owns the engine's process, its socket and an `OutputProcessor`. A process that ends answers every
+waiting request with `EngineDead`. Never imports torch: all that computes is on the other side of
+the socket.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import shutil
 import signal
 import sys
@@ -47,6 +47,7 @@ from tokenry.params import SamplingParams
 from tokenry.text.outputs import OutputKind, OutputProcessor, Update
 from tokenry.text.tokenizer import Tokenizer
 
+log = logging.getLogger("tokenry.async_engine")
 _END_GRACE_S = 5.0
 _LAST_WORDS_MS = 100
 _MAX_SOCKET_PATH = 100
@@ -80,7 +81,8 @@ class AsyncEngine:
         self._socket: zmq.asyncio.Socket | None = None
         self._directory: Path | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._queues: dict[str, asyncio.Queue[Update]] = {}
+        self._queues: dict[str, tuple[asyncio.Queue[Update], int]] = {}
+        self._num_completions = 0
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._next_query_id = 0
         self._started = asyncio.Event()
@@ -162,6 +164,11 @@ class AsyncEngine:
         """Requests that are not finished."""
         return len(self._queues)
 
+    @property
+    def num_completions(self) -> int:
+        """Completions that these requests asked for."""
+        return self._num_completions
+
     def check_health(self) -> None:
         """Raises EngineDead, with the cause, if the engine does not serve."""
         _ = self.ready
@@ -195,8 +202,14 @@ class AsyncEngine:
             cache_salt=cache_salt,
             param=param,
         )
-        self._queues[request_id] = queue
-        self._send(*commands)
+        self._queues[request_id] = (queue, params.n)
+        self._num_completions += params.n
+        try:
+            self._send(*commands)
+        except BaseException:  # a value that msgpack cannot hold: nothing was sent
+            self._forget(request_id)
+            self._processor.abort(request_id)
+            raise
 
     async def generate(
         self,
@@ -237,7 +250,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """Forget the request; a finished or unknown one is left alone."""
-        self._queues.pop(request_id, None)
+        self._forget(request_id)
         children = () if self._processor is None else self._processor.abort(request_id)
         if children and self.dead is None:
             self._send(Abort(request_ids=children))
@@ -309,9 +322,15 @@ class AsyncEngine:
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            for event in self._decoder.decode(await socket.recv()):
-                self._take(event)
-            self._begin()
+            data = await socket.recv()
+            try:
+                for event in self._decoder.decode(data):
+                    self._take(event)
+                self._begin()
+            except Exception as error:  # silence would let every request wait for ever
+                log.exception("an event of the engine could not be read")
+                self._die(EngineDead(f"The front failed: {type(error).__name__}: {error}."))
+                return
 
     def _begin(self) -> None:
         if self._processor is None and self._ready is not None and self._tokenizer is not None:
@@ -343,12 +362,18 @@ class AsyncEngine:
             return
         if update.abort:
             self._send(Abort(request_ids=update.abort))
-        queue = self._queues.get(update.request_id)
-        if queue is None:
+        waiting = self._queues.get(update.request_id)
+        if waiting is None:
             return
-        queue.put_nowait(update)
+        waiting[0].put_nowait(update)
         if update.finished:
-            del self._queues[update.request_id]
+            self._forget(update.request_id)
+
+    def _forget(self, request_id: str) -> asyncio.Queue[Update] | None:
+        """Nobody waits for it any more; the queue of who did."""
+        queue, num_completions = self._queues.pop(request_id, (None, 0))
+        self._num_completions -= num_completions
+        return queue
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """When the process ends: read its last words, then tell everybody who waits."""
@@ -380,7 +405,7 @@ class AsyncEngine:
         self._started.set()
         updates = [] if self._processor is None else self._processor.fail_all(error)
         for update in updates:
-            queue = self._queues.pop(update.request_id, None)
+            queue = self._forget(update.request_id)
             if queue is not None:
                 queue.put_nowait(update)
         for waiting in self._replies.values():

@@ -1,12 +1,10 @@
 """The engine in a process of its own: commands in, events out, msgpack over a private unix socket.
 
 In: the engine's config as JSON on stdin, then batches of `Command`s. Out: batches of `Event`s:
-Progress while loading,
-then Ready or Failed, then the news of each step. Blocks in poll while there is nothing to do, so an
-idle server costs
-no CPU. Ends with its parent: stdin is a pipe that only the parent holds open, and its end is the
-parent's.
-Knows no HTTP and no text; run as `python -m tokenry.engine_process ADDRESS FACTORY`.
+Progress while loading, then Ready or Failed, then the news of each step. Blocks in poll while there
+is nothing to do, so an idle server costs no CPU. Ends with its parent: stdin is a pipe that only
+the parent holds open, and its end is the parent's. Knows no HTTP and no text; run as
+`python -m tokenry.engine_process ADDRESS FACTORY`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
 """Every wrong request is answered in OpenAI's shape, and names the field."""
 
+import asyncio
+import json
+
 import pytest
+
+from tokenry.api.middleware import Faults
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
 TEXT = {"model": "demo", "prompt": "Once", "max_tokens": 3}
@@ -35,6 +40,9 @@ def error_of(response, status):
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"stop": [""]}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"priority": 2**70}, "priority"),
+        ({"seed": 2**70}, "seed"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0]",
@@ -57,6 +65,7 @@ def test_wrong_chat_field_is_named(toy, change, param):
         ({"prompt": [999999]}, "prompt"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
+        ({"prompt": ["a"] * 1024, "n": 128}, "n"),
     ],
     ids=str,
 )
@@ -88,6 +97,32 @@ def test_transport_errors_have_openais_shape(toy):
     headers = {"content-type": "application/json; charset=utf-8"}
     error_of(toy.http.post("/v1/completions", content=b"{", headers=headers), 400)
     error_of(toy.http.post("/v1/completions", content=b"[1]", headers=headers), 400)
+    deep = b"[" * 100_000
+    assert (
+        "deeply"
+        in error_of(toy.http.post("/v1/completions", content=deep, headers=headers), 400)["message"]
+    )
+
+
+def test_fault_of_ours_is_told_and_nothing_is_raised_to_the_transport():
+    sent = []
+
+    async def broken(scope, receive, send):
+        raise ZeroDivisionError
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/"}
+    asyncio.run(Faults(broken)(scope, None, send))
+    assert sent[0]["status"] == 500
+    assert "ZeroDivisionError" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+def test_assistant_without_content_is_accepted(toy):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
+    response = toy.http.post("/v1/chat/completions", json={**CHAT, "messages": messages})
+    assert response.status_code == 200
 
 
 def test_unknown_field_is_named_in_a_header(toy):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tokenry.api import operate, tokenize
 from tokenry.api.chat import chat_completions
 from tokenry.api.completions import completions
-from tokenry.api.errors import on_exception, on_http_exception, on_tokenry_error
-from tokenry.api.middleware import ApiKey, RequestId
+from tokenry.api.errors import on_http_exception, on_tokenry_error
+from tokenry.api.middleware import ApiKey, Faults, RequestId
 from tokenry.api.service import Service
 from tokenry.errors import TokenryError
 
@@ -38,8 +39,8 @@ def make_app(service: Service) -> ASGIApp:
         exception_handlers={
             TokenryError: on_tokenry_error,
             HTTPException: on_http_exception,
-            Exception: on_exception,
         },
+        middleware=[Middleware(Faults)],
     )
     app.state.service = service
     return RequestId(ApiKey(app, keys=service.config.api_key))

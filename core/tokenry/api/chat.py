@@ -78,13 +78,18 @@ def render(chat: ChatRequest, tokenizer: Tokenizer) -> Prompt:
     continued = bool(chat.continue_final_message)
     generation = chat.add_generation_prompt
     text = tokenizer.chat_template.render(
-        chat.messages,
+        [_with_content(message) for message in chat.messages],
         add_generation_prompt=(not continued) if generation is None else generation,
         continue_final_message=continued,
         **_template_kwargs(chat),
     )
     ids = tokenizer.encode(text, add_special_tokens=bool(chat.add_special_tokens))
     return Prompt(token_ids=ids, text=text, param="messages")
+
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's content may be null, which most templates cannot join to their text."""
+    return message if message.get("content") is not None else {**message, "content": ""}
 
 
 def _template_kwargs(chat: ChatRequest) -> dict[str, Any]:

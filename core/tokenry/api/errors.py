@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import Scope
 
 from tokenry.api.wire import JSON
 from tokenry.errors import Overloaded, RequestError, TokenryError
@@ -69,7 +70,7 @@ async def on_http_exception(request: Request, error: Exception) -> JSON:
     return response
 
 
-async def on_exception(request: Request, error: Exception) -> JSON:
+def fault_response(scope: Scope, error: Exception) -> JSON:
     """A fault of ours: the sender is told, the log has the trace."""
-    log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+    log.exception("%s %s failed", scope["method"], scope["path"], exc_info=error)
     return error_response(TokenryError(f"The server failed: {type(error).__name__}."))

@@ -46,21 +46,25 @@ class Metrics:
 
     def __init__(self, stats: Callable[[], Stats], model: str) -> None:
         self._registry = CollectorRegistry()
-        self._histograms: list[Histogram | Counter] = []
+        self._own: list[Histogram | Counter] = []
+        self._model = model
         self._ttft = self._histogram("time_to_first_token_seconds", "Until the first token")
         self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens")
         self._whole = self._histogram("e2e_request_latency_seconds", "A whole request")
         self._success = Counter(
             PREFIX + "request_success",
             "Finished completions",
-            ["finished_reason"],
+            ["model_name", "finished_reason"],
             registry=None,
         )
         self._rejected = Counter(
-            PREFIX + "admission_rejections", "Requests refused for want of room", registry=None
+            PREFIX + "admission_rejections",
+            "Requests refused for want of room",
+            ["model_name"],
+            registry=None,
         )
-        self._histograms += [self._success, self._rejected]
-        self._registry.register(_Collector(stats, self._histograms, model))
+        self._own += [self._success, self._rejected]
+        self._registry.register(_Collector(stats, self._own, model))
 
     def first_token(self, seconds: float) -> None:
         """A request got its first token."""
@@ -72,21 +76,22 @@ class Metrics:
 
     def finished(self, reason: str, seconds: float) -> None:
         """A completion ended."""
-        self._success.labels(reason).inc()
+        self._success.labels(self._model, reason).inc()
         self._whole.observe(seconds)
 
     def rejected(self) -> None:
         """A request was refused for want of room."""
-        self._rejected.inc()
+        self._rejected.labels(self._model).inc()
 
     def text(self) -> bytes:
         """Prometheus' exposition."""
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, help: str) -> Histogram:
-        histogram = Histogram(PREFIX + name, help, buckets=_SECONDS, registry=None)
-        self._histograms.append(histogram)
-        return histogram
+        """Labelled at once, so that it is told before anything was observed."""
+        histogram = Histogram(PREFIX + name, help, ["model_name"], buckets=_SECONDS, registry=None)
+        self._own.append(histogram)
+        return histogram.labels(self._model)
 
 
 class _Collector(Collector):

@@ -1,5 +1,5 @@
-"""Around every request: its id, and whether its key lets it in. Plain ASGI, so that streams pass
-untouched.
+"""Around every request: its id, whether its key lets it in, and an answer when we fail. Plain ASGI,
+so that streams pass untouched.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenry.api.errors import HTTPError, error_response
+from tokenry.api.errors import HTTPError, error_response, fault_response
 
 PUBLIC = frozenset(("/", "/health", "/livez", "/readyz", "/version", "/metrics"))
 """Paths that need no key: they tell nothing of requests."""
@@ -76,3 +77,35 @@ class ApiKey:
         given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Every key is compared, so that time tells nothing.
         return any([hmac.compare_digest(given.encode(), key) for key in self._keys])  # noqa: C419
+
+
+class Faults:
+    """A fault of ours is a 500 in OpenAI's shape, and the connection lives on.
+
+    Starlette's own layer for it raises again after its answer, which makes uvicorn cut the
+    connection under the client's next request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on; answer what went wrong before the answer began."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def send_noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting)
+        except ClientDisconnect:
+            return  # it went while it sent its body: nobody is there to be told
+        except Exception as error:  # whatever it is, its sender must learn of it
+            if begun:
+                raise
+            await fault_response(scope, error)(scope, receive, send)

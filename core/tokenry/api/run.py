@@ -53,6 +53,9 @@ class Run:
     ) -> None:
         """Start all prompts or, if one is refused, none."""
         engine = self._service.engine
+        self._service.check_room(
+            len(prompts) * params.n, param="n" if params.n > 1 else prompts[0].param
+        )
         try:
             for i, prompt in enumerate(prompts):
                 name = f"{self._request_id}-{i}"
@@ -93,11 +96,8 @@ class Run:
     async def updates(self) -> AsyncIterator[tuple[int, RequestOutput] | None]:
         """(prompt's index, output) until all are finished; None after `keep_alive_s` of silence."""
         while self._ids:
-            try:
-                update = await asyncio.wait_for(
-                    self._queue.get(), self._service.config.keep_alive_s
-                )
-            except TimeoutError:
+            update = await self._next()
+            if update is None:
                 yield None
                 continue
             if update.request_id not in self._ids:
@@ -113,6 +113,16 @@ class Run:
                 if update.output.finished:
                     del self._ids[update.request_id]
                 yield index, update.output
+
+    async def _next(self) -> Update | None:
+        """The next update; None after `keep_alive_s` of silence."""
+        if not self._queue.empty():
+            return self._queue.get_nowait()  # a timer per token would cost more than the token
+        try:
+            async with asyncio.timeout(self._service.config.keep_alive_s):
+                return await self._queue.get()
+        except TimeoutError:
+            return None
 
     async def outputs(self) -> list[RequestOutput]:
         """The finished outputs in the order of the prompts (kind "final")."""

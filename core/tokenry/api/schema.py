@@ -1,14 +1,13 @@
 """What a request may hold: fields of OpenAI's API, and vLLM's sampling fields beside them.
 
 In: parsed JSON. Out: `ChatRequest`, `CompletionRequest`, their `SamplingParams`, and the names of
-unknown fields.
-A field that asks for something that cannot be served is a 400 that names it; nothing is dropped in
-silence.
+unknown fields. A field that asks for something that cannot be served is a 400 that names it;
+nothing is dropped in silence.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -18,6 +17,7 @@ from tokenry.params import SamplingParams
 
 R = TypeVar("R", bound="_Sampling")
 MAX_STOPS = 64
+_Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
 REFUSED = {
     "tools": "tool calls are not served yet",
@@ -53,9 +53,6 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "parallel_tool_calls",
-        "verbosity",
-        "echo_prompt",
-        "return_tokens_as_token_ids",
     ]
 )
 """Fields that do not change the text."""
@@ -104,7 +101,7 @@ class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
-    priority: int | None = None
+    priority: _Priority | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     add_special_tokens: bool | None = None

@@ -20,7 +20,7 @@ from tokenry.api.errors import NotReady
 from tokenry.api.metrics import Metrics
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import ServerConfig
-from tokenry.errors import ModelNotFound, Overloaded
+from tokenry.errors import ModelNotFound, Overloaded, RequestError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,11 +60,24 @@ class Service:
                 f"The model is still loading: {progress.phase}, {progress.share:.0%}.",
                 mend="wait for GET /readyz",
             )
+        self.check_room(1, param="n")
+
+    def check_room(self, num_new: int, *, param: str) -> None:
+        """Raises Overloaded if so many completions more are too many now, RequestError if always.
+
+        param  the field that asks for them.
+        """
         limit = self.config.max_waiting + self.engine.config.max_num_seqs
-        if self.engine.num_requests >= limit:
+        if num_new > limit:
+            raise RequestError(
+                f"The request asks for {num_new} completions, at most {limit} are served at once.",
+                param=param,
+                mend="send several requests, or --max-waiting higher on the server",
+            )
+        if self.engine.num_completions + num_new > limit:
             self.metrics.rejected()
             raise Overloaded(
-                f"{self.engine.num_requests} requests are under way, the limit is {limit}.",
+                f"{self.engine.num_completions} completions are under way, the limit is {limit}.",
                 mend="send the request again later, or --max-waiting higher",
             )
 

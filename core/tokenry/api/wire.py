@@ -15,7 +15,7 @@ from starlette.responses import Response
 from tokenry.errors import RequestError
 
 T = TypeVar("T")
-_AT = re.compile(r" - at `(key in )?\$?(.*)`$")
+_AT = re.compile(r" - at `(?:key` in `)?\$?(.*)`$")
 
 
 class JSON(Response):
@@ -34,6 +34,8 @@ def parse(body: bytes) -> dict[str, Any]:
         data = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"The body is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise RequestError("The body's JSON is nested too deeply.") from error
     if not isinstance(data, dict):
         raise RequestError("The body must be a JSON object.")
     return data
@@ -47,7 +49,7 @@ def convert(data: dict[str, Any], kind: type[T]) -> T:
         text = str(error)
         at = _AT.search(text)
         missing = re.search(r"missing required field `(\w+)`", text)
-        param = at[2].lstrip(".").replace("[...]", "") if at else None
+        param = at[1].lstrip(".").replace("[...]", "") if at else None
         if missing:
             param = f"{param}.{missing[1]}" if param else missing[1]
         what = _AT.sub("", text)
