@@ -69,7 +69,8 @@ def split(shares: Sequence[Share], caps: Caps, extent: Extent) -> Iterator[Launc
                 yield Launch(phase=phase, shares=(part,), scored=True)
     if caps.phases.mixed:
         if plain:
-            phase = "decode" if all(_decodes(s, caps) for s in plain) else "mixed"
+            pure = not caps.shapes.static and all(_decodes(s, caps) for s in plain)
+            phase = "decode" if pure else "mixed"
             yield Launch(phase=phase, shares=tuple(plain))
         return
     decode = tuple(s for s in plain if _decodes(s, caps))

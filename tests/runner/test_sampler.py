@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenry.backend.reference import REFERENCE_OPS
+from tokenry.params import SamplingParams
+from tokenry.runner.sampler import Draw, Sampler, score, uniforms
+
+VOCAB = 23
+EOS = 1
+
+
+def make_sampler(**processors):
+    return Sampler(
+        REFERENCE_OPS["sample"], device="cpu", eos_token_ids=(EOS,), processors=processors
+    )
+
+
+def draw(params, history=(3, 4, 5), num_prompt=2, seed=0):
+    return Draw(
+        params=params,
+        seed=seed,
+        position=len(history),
+        num_prompt=num_prompt,
+        history=np.array(history, np.int32),
+    )
+
+
+def greedy(**values):
+    return SamplingParams(temperature=0, **values)
+
+
+def one(logits, params, **values):
+    """The token that one row draws."""
+    return int(make_sampler()(logits[None], [draw(params, **values)]).token_ids[0])
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
+
+
+def test_bias_allowed_and_forbidden_tokens(logits):
+    best = int(logits.argmax())
+    worst = int(logits.argmin())
+    assert one(logits, greedy()) == best
+    assert one(logits, greedy(logit_bias={worst: 100.0})) == worst
+    assert one(logits, greedy(allowed_token_ids=(worst,))) == worst
+    assert one(logits, greedy(bad_words_ids=((best,),))) != best
+    assert one(logits, greedy(bad_words_ids=((5, best),)), history=(3, 4, 5)) != best
+    assert one(logits, greedy(bad_words_ids=((6, best),)), history=(3, 4, 5)) == best
+
+
+def test_no_end_before_min_tokens(logits):
+    logits[EOS] = 50.0
+    logits[7] = 49.0
+    params = greedy(min_tokens=2, stop_token_ids=(7,))
+    assert one(logits, params, history=(3, 4, 5)) not in (EOS, 7)
+    assert one(logits, params, history=(3, 4, 5, 6)) == EOS
+    assert one(logits, greedy(min_tokens=2, ignore_eos=True), history=(3, 4, 5)) == EOS
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    history=st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=12),
+    repetition=st.sampled_from([0.7, 1.0, 1.3]),
+    frequency=st.sampled_from([-1.0, 0.0, 0.6]),
+    presence=st.sampled_from([-0.5, 0.0, 0.8]),
+)
+def test_penalties_are_those_of_the_definition(history, repetition, frequency, presence):
+    row = torch.randn(VOCAB, generator=torch.Generator().manual_seed(len(history)))
+    params = SamplingParams(
+        temperature=0,
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+    )
+    want = row.clone()
+    for token in set(history):
+        want[token] = want[token] / repetition if want[token] > 0 else want[token] * repetition
+    for token in set(history[2:]):
+        want[token] -= frequency * history[2:].count(token) + presence
+    got = make_sampler()._adjust(row[None], [draw(params, history=tuple(history))])[0]
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.8),
+        SamplingParams(temperature=1.0, top_k=4),
+        SamplingParams(temperature=1.0, top_p=0.6),
+        SamplingParams(temperature=1.3, min_p=0.2),
+        SamplingParams(temperature=0.9, top_k=8, top_p=0.8, min_p=0.05),
+    ],
+    ids=["temperature", "top_k", "top_p", "min_p", "all"],
+)
+def test_draws_follow_the_filtered_distribution(logits, params):
+    p = torch.softmax(logits / params.temperature, 0)
+    order = p.argsort(descending=True)
+    keep = torch.ones(VOCAB, dtype=torch.bool)
+    if params.top_k:
+        keep[order[params.top_k :]] = False
+    ranked = torch.where(keep[order], p[order], 0.0)
+    before = ranked.cumsum(0) - ranked
+    keep[order[before >= params.top_p * ranked.sum()]] = False
+    keep &= p >= params.min_p * p.max()
+    want = torch.where(keep, p, 0.0) / p[keep].sum()
+    n = 4000
+    draws = [draw(params, history=tuple([3] * (2 + i % 50)), seed=i // 50) for i in range(n)]
+    tokens = make_sampler()(logits.expand(n, -1), draws).token_ids
+    counts = torch.bincount(tokens, minlength=VOCAB).double()
+    assert counts[~keep].sum() == 0
+    expected = want[keep].double() * n
+    chi_square = float(((counts[keep] - expected) ** 2 / expected).sum())
+    assert chi_square < 3 * int(keep.sum()) + 12  # far beyond the 99.9 % point of so many cells
+
+
+def test_a_row_does_not_depend_on_the_batch(logits):
+    rows = torch.randn(16, VOCAB, generator=torch.Generator().manual_seed(2))
+    params = [
+        greedy(),
+        SamplingParams(temperature=0.9, top_k=5),
+        SamplingParams(presence_penalty=0.4, top_p=0.9),
+        SamplingParams(temperature=1.1, logit_bias={4: 3.0}),
+    ]
+    draws = [draw(params[i % 4], seed=i) for i in range(16)]
+    together = make_sampler()(rows, draws).token_ids.tolist()
+    alone = [int(make_sampler()(rows[i : i + 1], [d]).token_ids[0]) for i, d in enumerate(draws)]
+    assert together == alone
+
+
+def test_uniforms_are_even_and_depend_on_seed_and_position():
+    u = uniforms(list(range(1000)) * 10, [i for i in range(10) for _ in range(1000)])
+    assert u.dtype == np.float32
+    assert float(u.min()) >= 0
+    assert float(u.max()) < 1
+    histogram = np.histogram(u, 20, (0, 1))[0]
+    assert abs(histogram - 500).max() < 110
+    assert len(np.unique(u)) > 9900
+    assert uniforms([-5], [3]) == uniforms([-5], [3])
+
+
+def test_scores_are_log_probabilities_with_ranks(logits):
+    rows = torch.stack([logits, -logits])
+    tokens = torch.tensor([3, 4])
+    scores = score(rows, tokens, 5)
+    want = torch.log_softmax(rows, -1)
+    torch.testing.assert_close(scores.chosen, want[[0, 1], [3, 4]])
+    for i in range(2):
+        assert int(scores.rank[i]) == 1 + int((want[i] > want[i, tokens[i]]).sum())
+        assert scores.top_tokens[i].tolist() == want[i].topk(5).indices.tolist()
+
+
+def test_an_unknown_processor_is_an_error_that_names_the_known(logits):
+    sampler = make_sampler(known=lambda args: None)
+    with pytest.raises(Exception, match="no logits processor 'x'; installed: known"):
+        sampler(logits[None], [draw(greedy(logits_processor="x"))])
