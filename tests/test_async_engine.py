@@ -15,6 +15,7 @@ from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig
 from tokenry.errors import EngineDead, ModelLoadError, RequestError
 from tokenry.params import SamplingParams
+from tokenry.text.outputs import OutputProcessor
 
 CONFIG = EngineConfig(model="demo", backend="cpu", max_num_seqs=64)
 
@@ -90,6 +91,47 @@ def test_bad_request_is_refused_before_anything_starts():
         with pytest.raises(RequestError, match="maximum context length is 512 tokens"):
             await last(engine.generate([5] * 600))
         assert engine.num_requests == 0
+
+    run(story)
+
+
+def test_aborting_by_id_ends_the_waiting_iteration(monkeypatch):
+    monkeypatch.setenv("TOY_STEP_S", "0.01")
+
+    async def story(engine):
+        params = SamplingParams(max_tokens=400)
+        waiting = asyncio.create_task(last(engine.generate("Once", params, "long")))
+        await asyncio.sleep(0.1)
+        engine.abort("long")
+        with pytest.raises(RequestError, match="aborted"):
+            await waiting
+        assert engine.num_completions == 0
+        await until_idle(engine)
+        await engine.check_integrity()
+
+    run(story)
+
+
+def test_value_that_cannot_be_sent_leaves_nothing_behind():
+    async def story(engine):
+        with pytest.raises(OverflowError):
+            await last(engine.generate("Once", priority=2**70))
+        assert engine.num_requests == engine.num_completions == 0
+        assert (await last(engine.generate("Once"))).finished
+
+    run(story)
+
+
+def test_fault_of_the_front_is_told_to_every_waiting_request(monkeypatch):
+    def broken(self, event):
+        raise ZeroDivisionError
+
+    async def story(engine):
+        monkeypatch.setattr(OutputProcessor, "update", broken)
+        with pytest.raises(EngineDead, match="ZeroDivisionError"):
+            await last(engine.generate("Once"))
+        with pytest.raises(EngineDead):
+            engine.check_health()
 
     run(story)
 

@@ -1,44 +1,31 @@
 """An engine process as an object of asyncio: prompts in, streams of `RequestOutput` out.
 
 In: `EngineConfig`, prompts with SamplingParams. Out: outputs as they come; errors to whoever waits.
-Owns the engine's process, its socket and an `OutputProcessor`. A process that ends answers every
-waiting request with `EngineDead`. Never imports torch: all that computes is on the other side of
-the socket.
+Owns an `EngineHandle` and an `OutputProcessor`. A process that ends answers every waiting request
+with `EngineDead`. Never imports torch: all that computes is on the other side of the socket.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import logging
-import shutil
-import signal
-import sys
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-import zmq
-import zmq.asyncio
-
 from tokenry.config import EngineConfig
-from tokenry.engine_process import DEFAULT_FACTORY, error_of
-from tokenry.errors import EngineDead, TokenryError
+from tokenry.engine_handle import EngineHandle
+from tokenry.engine_process import DEFAULT_FACTORY
+from tokenry.errors import EngineDead, RequestError, TokenryError
 from tokenry.hub import find_model
 from tokenry.messages import (
     Abort,
-    Command,
     Event,
-    Failed,
     Progress,
     Query,
     Ready,
     Reply,
-    Shutdown,
     Stats,
     TokensEvent,
 )
@@ -46,12 +33,6 @@ from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams
 from tokenry.text.outputs import OutputKind, OutputProcessor, Update
 from tokenry.text.tokenizer import Tokenizer
-
-log = logging.getLogger("tokenry.async_engine")
-_END_GRACE_S = 5.0
-_LAST_WORDS_MS = 100
-_MAX_SOCKET_PATH = 100
-"""A unix socket's path may have 107 bytes (sun_path of unix(7))."""
 
 
 class AsyncEngine:
@@ -77,18 +58,12 @@ class AsyncEngine:
         self._ready: Ready | None = None
         self._tokenizer: Tokenizer | None = None
         self._processor: OutputProcessor | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._socket: zmq.asyncio.Socket | None = None
-        self._directory: Path | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._handle = EngineHandle(self._take, self._die)
         self._queues: dict[str, tuple[asyncio.Queue[Update], int]] = {}
         self._num_completions = 0
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._next_query_id = 0
         self._started = asyncio.Event()
-        self._failure: Failed | None = None
-        self._closing = False
-        self._decoder = msgspec.msgpack.Decoder(list[Event])
 
     @classmethod
     async def start(
@@ -113,7 +88,8 @@ class AsyncEngine:
         self.progress = Progress(phase="finding the model")
         model = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
         config = dataclasses.replace(self.config, model=str(model))
-        await self._spawn(config)
+        self.progress = Progress(phase="starting the engine process")
+        await self._handle.start(config, self._factory)
         try:
             source = model
             if config.tokenizer is not None:
@@ -157,7 +133,7 @@ class AsyncEngine:
     @property
     def pid(self) -> int | None:
         """Process id of the engine."""
-        return None if self._process is None else self._process.pid
+        return self._handle.pid
 
     @property
     def num_requests(self) -> int:
@@ -205,7 +181,7 @@ class AsyncEngine:
         self._queues[request_id] = (queue, params.n)
         self._num_completions += params.n
         try:
-            self._send(*commands)
+            self._handle.send(*commands)
         except BaseException:  # a value that msgpack cannot hold: nothing was sent
             self._forget(request_id)
             self._processor.abort(request_id)
@@ -249,11 +225,14 @@ class AsyncEngine:
             self.abort(name)
 
     def abort(self, request_id: str) -> None:
-        """Forget the request; a finished or unknown one is left alone."""
-        self._forget(request_id)
+        """End the request; who waits for it gets an error. A finished one is left alone."""
+        queue = self._forget(request_id)
+        if queue is not None:
+            error = RequestError("The request was aborted.", code="aborted")
+            queue.put_nowait(Update(request_id=request_id, error=error))
         children = () if self._processor is None else self._processor.abort(request_id)
         if children and self.dead is None:
-            self._send(Abort(request_ids=children))
+            self._handle.send(Abort(request_ids=children))
 
     async def stats(self) -> Stats:
         """The engine's counters and gauges now."""
@@ -272,65 +251,11 @@ class AsyncEngine:
 
     async def shutdown(self) -> None:
         """End the process and everything that waits for it; a second call does nothing."""
-        self._closing = True
         self._die(EngineDead("The engine was shut down."))
-        process = self._process
-        if process is not None and process.returncode is None:
-            if self._ready is None:
-                process.terminate()  # it loads, and does not listen yet
-            self._send(Shutdown())
-            try:
-                await asyncio.wait_for(process.wait(), _END_GRACE_S)
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._socket is not None:
-            self._socket.close(linger=0)
-            self._socket = None
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
-
-    async def _spawn(self, config: EngineConfig) -> None:
-        self._directory = private_directory()
-        address = f"ipc://{self._directory}/engine"
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        self.progress = Progress(phase="starting the engine process")
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tokenry.engine_process",
-            address,
-            self._factory,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=sys.stderr.fileno(),  # ours carries the user's text
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
-        self._tasks = [
-            asyncio.create_task(self._receive(self._socket)),
-            asyncio.create_task(self._watch(self._process)),
-        ]
+        await self._handle.end()
 
     def _load_tokenizer(self, source: Path, model: Path) -> Tokenizer:
         return Tokenizer.load(source, model_path=model, chat_template_file=self._chat_template)
-
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            data = await socket.recv()
-            try:
-                for event in self._decoder.decode(data):
-                    self._take(event)
-                self._begin()
-            except Exception as error:  # silence would let every request wait for ever
-                log.exception("an event of the engine could not be read")
-                self._die(EngineDead(f"The front failed: {type(error).__name__}: {error}."))
-                return
 
     def _begin(self) -> None:
         if self._processor is None and self._ready is not None and self._tokenizer is not None:
@@ -353,15 +278,14 @@ class AsyncEngine:
         elif isinstance(event, Ready):
             self._ready = event
             self.progress = Progress(phase="ready", share=1.0)
-        else:
-            self._failure = event
+            self._begin()
 
     def _take_tokens(self, event: TokensEvent) -> None:
         update = None if self._processor is None else self._processor.update(event)
         if update is None:
             return
         if update.abort:
-            self._send(Abort(request_ids=update.abort))
+            self._handle.send(Abort(request_ids=update.abort))
         waiting = self._queues.get(update.request_id)
         if waiting is None:
             return
@@ -374,30 +298,6 @@ class AsyncEngine:
         queue, num_completions = self._queues.pop(request_id, (None, 0))
         self._num_completions -= num_completions
         return queue
-
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """When the process ends: read its last words, then tell everybody who waits."""
-        code = await process.wait()
-        socket = self._socket
-        while socket is not None and await socket.poll(_LAST_WORDS_MS):
-            await asyncio.sleep(0.01)  # the receiver reads them
-        if not self._closing:
-            self._die(self._cause(code))
-
-    def _cause(self, code: int) -> TokenryError:
-        failure = self._failure
-        if failure is not None and self._ready is None:
-            return error_of(failure)
-        if failure is not None:
-            what = f"The engine process ended with exit code {code}: {failure.message}"
-        elif code < 0:
-            what = f"The engine process was killed by {signal.Signals(-code).name}."
-        else:
-            what = f"The engine process ended with exit code {code}."
-        mend = failure.mend if failure is not None else "restart the server; its log has the cause"
-        if code == -signal.SIGKILL:
-            mend = "restart the server; if nobody killed it, the machine ran out of memory"
-        return EngineDead(what, mend=mend)
 
     def _die(self, error: TokenryError) -> None:
         if self.dead is None:
@@ -421,23 +321,8 @@ class AsyncEngine:
         query = Query(query_id=self._next_query_id, what=what)
         waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[query.query_id] = waiting
-        self._send(query)
+        self._handle.send(query)
         try:
             return await waiting
         finally:
             self._replies.pop(query.query_id, None)
-
-    def _send(self, *commands: Command) -> None:
-        """At once: the queue has no limit, so the future is done when it comes."""
-        if self._socket is not None:
-            self._socket.send(msgspec.msgpack.encode(list(commands)))
-
-
-def private_directory() -> Path:
-    """A new directory of this user alone, with a path short enough for a unix socket."""
-    path = Path(tempfile.mkdtemp(prefix="tokenry-"))
-    if len(str(path)) > _MAX_SOCKET_PATH - len("/engine"):
-        with contextlib.suppress(OSError):
-            path.rmdir()
-        path = Path(tempfile.mkdtemp(prefix="tokenry-", dir="/tmp"))
-    return path
