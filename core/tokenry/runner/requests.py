@@ -12,6 +12,7 @@ import numpy as np
 from tokenry.backend.contract import IntArray
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest
+from tokenry.runner.sampler import LogitsProcessor
 
 
 class RequestState:
@@ -21,10 +22,13 @@ class RequestState:
     blocks     [capacity] int32; the first num_blocks are held.
     feedback   row of the last step's sampled tokens that holds token number num_known, None if
                there is none.
+    processor  the request's own logits processor.
+    refused    why this device cannot serve the request, None if it can.
     """
 
     __slots__ = (
-        "blocks", "feedback", "num_blocks", "num_known", "num_prompt", "params", "seed", "tokens"
+        "blocks", "feedback", "num_blocks", "num_known", "num_prompt", "params", "processor",
+        "refused", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewRequest, block_size: int) -> None:
@@ -39,6 +43,8 @@ class RequestState:
         self.blocks: IntArray = np.zeros(room, np.int32)
         self.blocks[: self.num_blocks] = new.block_ids
         self.feedback: int | None = None
+        self.processor: LogitsProcessor | None = None
+        self.refused: str | None = None
 
     def learn(self, token_ids: tuple[int, ...]) -> None:
         """The host now knows the next tokens."""

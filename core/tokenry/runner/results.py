@@ -20,7 +20,9 @@ from tokenry.runner.requests import RequestState
 from tokenry.runner.sampler import Draw, Sampled, Scores, score
 from tokenry.runner.shapes import Launch, Share
 
-NAN_LOGITS = "The model's logits are NaN: its weights or this prompt overflow the dtype."
+NAN_LOGITS = (
+    "The model's logits are NaN or infinite: its weights or this prompt overflow the dtype."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ class PartialStep:
         pairs = [(share.row, i) for i, share in enumerate(launch.shares) if share.sample]
         if not pairs:
             return
+        for i, error in sampled.errors.items():
+            self.fail(self._plan.rows[launch.shares[i].row].request_id, error)
         self._sampled.append(_Rows(pairs=pairs, at=len(self.tensors)))
         self.tensors += [sampled.token_ids, sampled.broken]
         wanting = [(row, i) for row, i in pairs if self._states[row].params.logprobs is not None]

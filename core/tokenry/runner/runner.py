@@ -17,14 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenry.backend.base import KV, Backend, ModelSpec, StepBatch, WeightIter
 from tokenry.backend.contract import Bucket, HostBatch, KVSpec
 from tokenry.backend.ops import OpTable
-from tokenry.errors import ConfigError
-from tokenry.plan import Row, StepPlan, StepResult
+from tokenry.errors import ConfigError, RequestError
+from tokenry.params import SamplingParams
+from tokenry.plan import NewRequest, Row, StepPlan, StepResult
 from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory
 from tokenry.runner.pack import blank_batch, need_of, pack, table_width, to_device
 from tokenry.runner.programs import Programs
@@ -34,6 +36,13 @@ from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler
 from tokenry.runner.shapes import Extent, Launch, Share, choose, exact, make_buckets, split
 
 Progress = Callable[[str, float], None]
+
+WAYS_TO_DRAW = (
+    SamplingParams(temperature=0),
+    SamplingParams(),
+    SamplingParams(top_k=40, top_p=0.95, min_p=0.01),
+)
+"""What a batch of draws can ask of the `sample` op; the last needs the most memory."""
 
 
 class ModelShape(ModelSpec, Protocol):
@@ -88,6 +97,7 @@ class ModelRunner:
         self._requests: dict[str, RequestState] = {}
         self._lessons: deque[tuple[RequestState, tuple[int, ...]]] = deque()
         self._previous: list[Tensor] = []
+        self._fed: list[RequestState] = []
         progress("loading weights", 0.0)
         self._step = backend.build_model(spec, weights, self._ops)
         self.block_size = self._pick_block_size(config.block_size)
@@ -161,9 +171,12 @@ class ModelRunner:
             bucket = make_buckets(self._caps, extent)[0]
         kv = self._backend.alloc_kv(self._kv_spec, 1)
         batch = self._blank(bucket, extent)
-        self._execute(self._step(batch, kv), batch)
+        with torch.inference_mode():
+            self._execute(self._step(batch, kv), batch)
 
+    @torch.inference_mode()
     def _warm_up(self, progress: Progress) -> None:
+        """In the mode in which steps run, or what is compiled here is compiled again there."""
         phase = "warming up"
         progress(phase, 0.0)
         self._programs.warm_up(
@@ -186,9 +199,16 @@ class ModelRunner:
         return to_device(host, self._backend)[0]
 
     def _execute(self, logits: Tensor, batch: StepBatch) -> None:
-        """The sampler on a step's logits, and the copy to the host: what a real step does."""
-        sampled = self._sampler(logits, [None] * len(batch.logit_rows))
-        self._backend.fetch([sampled.token_ids, sampled.broken])()
+        """The sampler on a step's logits, in every way that it can be asked, and the copy to the
+        host: what a real step does.
+        """
+        if batch.bucket.logits == "all":
+            logits = logits[:1]  # the one row that a scored launch draws from
+        history = np.zeros(1, np.int32)
+        for params in WAYS_TO_DRAW:
+            draw = Draw(params=params, seed=0, position=1, num_prompt=1, history=history)
+            sampled = self._sampler(logits, [draw] * len(logits))
+            self._backend.fetch([sampled.token_ids, sampled.broken])()
 
     # ---- a step ------------------------------------------------------------------------------
 
@@ -202,7 +222,7 @@ class ModelRunner:
         for request_id in plan.forget:
             self._requests.pop(request_id, None)
         for new in plan.new:
-            self._requests[new.request_id] = RequestState(new, self.block_size)
+            self._requests[new.request_id] = self._introduce(new)
         states = [self._requests[row.request_id] for row in plan.rows]
         for row, state in zip(plan.rows, states, strict=True):
             state.hold(row.new_block_ids)
@@ -213,7 +233,7 @@ class ModelRunner:
             if self._computable(row, state, partial)
         ]
         previous, self._previous = self._previous, []
-        lost = [s for s in states if s.feedback is not None]
+        lost, self._fed = self._fed, []
         feedback: dict[int, int] = {}
         offset = 0
         try:
@@ -224,7 +244,21 @@ class ModelRunner:
                 state.feedback = None
         for index, at in feedback.items():
             states[index].feedback = at
+            self._fed.append(states[index])
         return self._waiter(partial)
+
+    def _introduce(self, new: NewRequest) -> RequestState:
+        """State of a new request; what cannot be served is told by the results of its rows."""
+        state = RequestState(new, self.block_size)
+        most = self._caps.sample_max_top_k
+        if most is not None and new.params.top_k > most:
+            state.refused = f"top_k {new.params.top_k}: this device draws from {most} at most."
+        if new.params.logits_processor is not None:
+            try:
+                state.processor = self._sampler.make_processor(new.params)
+            except RequestError as error:
+                state.refused = error.message
+        return state
 
     def _take_lessons(self) -> None:
         while self._lessons:
@@ -242,9 +276,12 @@ class ModelRunner:
         )
 
     def _computable(self, row: Row, state: RequestState, partial: PartialStep) -> bool:
-        """Whether the row's tokens exist: not if the step that was to sample its last one
-        failed.
+        """Whether the row's request can be served and its tokens exist: not if the step that was
+        to sample the last one failed.
         """
+        if state.refused is not None:
+            partial.fail(row.request_id, state.refused)
+            return False
         missing = row.num_computed + row.num_new - state.num_known
         if missing <= 0 or (missing == 1 and state.feedback is not None):
             return True
@@ -300,6 +337,7 @@ class ModelRunner:
             position=share.start + share.count,
             num_prompt=state.num_prompt,
             history=state.history,
+            processor=state.processor,
         )
 
     def _batch(self, host: HostBatch, previous: Sequence[Tensor]) -> StepBatch:

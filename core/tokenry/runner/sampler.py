@@ -40,14 +40,19 @@ class Draw:
     position: int
     num_prompt: int
     history: IntArray
+    processor: LogitsProcessor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """Device tensors of a launch: token_ids [R] int32, broken [R] bool (NaN logits)."""
+    """Device tensors of a launch: token_ids [R] int32, broken [R] bool (NaN or infinite logits).
+
+    errors   by row, what its logits processor raised: the row's token means nothing.
+    """
 
     token_ids: Tensor
     broken: Tensor
+    errors: Mapping[int, str]
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
@@ -75,7 +80,7 @@ def installed_processors() -> dict[str, ProcessorFactory]:
 
 
 class Sampler:
-    """Owned by ModelRunner. Keeps no state of requests but their logits processors."""
+    """Owned by ModelRunner. Keeps no state of requests: their logits processors come with them."""
 
     def __init__(
         self,
@@ -92,9 +97,11 @@ class Sampler:
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw | None]) -> Sampled:
         """Draw for the rows that have a Draw (the others' results mean nothing)."""
-        broken = torch.isnan(logits.amax(-1))
+        broken = ~torch.isfinite(logits.amax(-1))  # the maximum is NaN if any logit is
         adjusted = self._adjust(logits, draws)
-        return Sampled(token_ids=self._op(adjusted, self._inputs(draws)), broken=broken)
+        errors = self._process(adjusted, draws)
+        token_ids = self._op(adjusted, self._inputs(draws))
+        return Sampled(token_ids=token_ids, broken=broken, errors=errors)
 
     def _inputs(self, draws: Sequence[Draw | None]) -> SampleInputs:
         live = [d for d in draws if d is not None]
@@ -142,9 +149,37 @@ class Sampler:
                 kept = out[i][index]
                 out[i] = -torch.inf
                 out[i, index] = kept
-            if draw.params.logits_processor is not None:
-                out[i] = self._processor(draw.params)(draw.history, out[i])
         return out
+
+    def _process(self, out: Tensor, draws: Sequence[Draw | None]) -> dict[int, str]:
+        """Logits processors on their rows, in place (`_adjust` gave these rows a copy); what one
+        raises is its row's error.
+        """
+        errors: dict[int, str] = {}
+        for i, draw in enumerate(draws):
+            if draw is None or draw.params.logits_processor is None:
+                continue
+            process = draw.processor or self.make_processor(draw.params)
+            try:
+                out[i] = process(draw.history, out[i])
+            except Exception as error:  # foreign code: whatever it raises, the batch goes on
+                errors[i] = _raised(draw.params, error)
+        return errors
+
+    def make_processor(self, params: SamplingParams) -> LogitsProcessor:
+        """The request's own processor, so that it may keep a state. Raises RequestError."""
+        name = params.logits_processor or ""
+        factory = self._factories.get(name)
+        if factory is None:
+            known = ", ".join(sorted(self._factories)) or "none"
+            raise RequestError(
+                f"There is no logits processor {name!r}; installed: {known}.",
+                param="logits_processor",
+            )
+        try:
+            return factory(params.extra_args or {})
+        except Exception as error:  # foreign code, as above
+            raise RequestError(_raised(params, error), param="logits_processor") from error
 
     def _penalise(self, out: Tensor, ruled: Sequence[tuple[int, Draw]]) -> None:
         """Repetition (prompt and output), frequency and presence (output) penalties, on the tokens
@@ -190,18 +225,12 @@ class Sampler:
             rows, tokens = zip(*cells, strict=True)
             out[self._tensor(np.array(rows)), self._tensor(np.array(tokens))] = -torch.inf
 
-    def _processor(self, params: SamplingParams) -> LogitsProcessor:
-        factory = self._factories.get(params.logits_processor or "")
-        if factory is None:
-            known = ", ".join(sorted(self._factories)) or "none"
-            raise RequestError(
-                f"There is no logits processor {params.logits_processor!r}; installed: {known}.",
-                param="logits_processor",
-            )
-        return factory(params.extra_args or {})
-
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _raised(params: SamplingParams, error: Exception) -> str:
+    return f"Logits processor {params.logits_processor!r}: {type(error).__name__}: {error}"
 
 
 def _has_rules(draw: Draw, eos: tuple[int, ...]) -> bool:

@@ -83,9 +83,14 @@ def split(shares: Sequence[Share], caps: Caps, extent: Extent) -> Iterator[Launc
 
 
 def scored_tokens(caps: Caps, extent: Extent) -> int:
-    """Tokens of a launch with logits "all": the smallest prefill bucket on static devices."""
+    """Tokens of a launch with logits "all": the smallest prefill bucket on static devices, the
+    largest where a prompt cannot be continued.
+    """
+    step = max(caps.shapes.multiple_of.get("tokens", 1), 1)
+    if not caps.phases.chunked:
+        return -(-extent.max_tokens // step) * step
     if caps.shapes.static:
-        return max(caps.shapes.multiple_of.get("tokens", 1), 1)
+        return step
     return min(SCORED_TOKENS, extent.max_tokens)
 
 
@@ -132,7 +137,12 @@ def make_buckets(caps: Caps, extent: Extent) -> list[Bucket]:
         if len(axes[name]) <= 1:
             break  # one value each: cannot be coarser
         axes[name] = axes[name][-1::-2][::-1]
-    return sorted(buckets, key=lambda b: (b.tokens, b.seqs, b.kv_blocks), reverse=True)
+    return sorted(buckets, key=_size, reverse=True)
+
+
+def _size(bucket: Bucket) -> tuple[int, ...]:
+    """What orders buckets by the memory that they need."""
+    return (bucket.tokens, int(bucket.logits == "all"), bucket.seqs, bucket.kv_blocks)
 
 
 def _axes(caps: Caps, extent: Extent) -> dict[str, list[int]]:
