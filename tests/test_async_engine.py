@@ -163,7 +163,7 @@ def test_failed_start_raises_the_cause_with_its_mend(monkeypatch):
     assert caught.value.mend == "glue it"
 
 
-def test_engine_process_ends_with_its_parent(tmp_path):
+def test_engine_process_ends_with_its_parent_and_leaves_no_file(tmp_path):
     script = (
         "import asyncio, os\n"
         "from tokenry.async_engine import AsyncEngine\n"
@@ -176,11 +176,17 @@ def test_engine_process_ends_with_its_parent(tmp_path):
         "asyncio.run(main())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     pid = int(done.stdout)
     for _ in range(100):
         if not Path(f"/proc/{pid}").exists() or _is_zombie(pid):
+            assert not list(tmp_path.iterdir())
             return
         subprocess.run(["sleep", "0.05"], check=True)
     raise AssertionError(f"the engine process {pid} outlives its parent")

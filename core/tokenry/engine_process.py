@@ -9,6 +9,7 @@ the parent holds open, and its end is the parent's. Knows no HTTP and no text; r
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -17,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -209,7 +211,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to understand
     signal.signal(signal.SIGTERM, _terminate)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(address,), daemon=True).start()
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 2000)
@@ -270,10 +272,17 @@ def _terminate(signal_number: int, frame: object) -> None:
     raise SystemExit(0)
 
 
-def _end_with_parent() -> None:
-    """Even while the main thread loads or computes: the parent's end closes the pipe."""
+def _end_with_parent(address: str) -> None:
+    """Even while the main thread loads or computes: the parent's end closes the pipe.
+
+    A parent that was killed could not remove the socket and its directory, so they go here.
+    """
     while os.read(0, 4096):
         pass
+    socket_path = Path(address.removeprefix("ipc://"))
+    with contextlib.suppress(OSError):  # the parent was quicker
+        socket_path.unlink()
+        socket_path.parent.rmdir()
     os._exit(EXIT_FAILED)
 
 
