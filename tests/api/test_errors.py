@@ -90,6 +90,30 @@ def test_too_long_prompt_says_the_limit(toy):
     assert "This model's maximum context length is 512 tokens" in error["message"]
 
 
+def test_answer_that_was_asked_for_must_fit_and_one_that_was_not_is_cut(toy):
+    long = {"model": "demo", "prompt": [5] * 505}
+    error = error_of(toy.http.post("/v1/completions", json={**long, "max_tokens": 8}), 400)
+    assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
+    assert "This model's maximum context length is 512 tokens" in error["message"]
+    for body in ({**long, "max_tokens": 7}, long):
+        usage = toy.http.post("/v1/completions", json=body).json()["usage"]
+        assert usage["completion_tokens"] == 7
+
+
+def test_metrics_have_our_names_and_those_of_existing_dashboards(toy):
+    toy.http.post("/v1/completions", json=TEXT)
+    lines = toy.http.get("/metrics").text.splitlines()
+    told = {line.partition("{")[0] for line in lines if not line.startswith("#")}
+    for name in (
+        *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+        *("prompt_tokens_total", "generation_tokens_total", "num_preemptions_total"),
+        *("prefix_cache_queries_total", "prefix_cache_hits_total", "request_success_total"),
+        *("time_to_first_token_seconds_count", "inter_token_latency_seconds_count"),
+        "e2e_request_latency_seconds_count",
+    ):
+        assert {f"tokenry:{name}", f"vllm:{name}"} <= told
+
+
 def test_transport_errors_have_openais_shape(toy):
     error_of(toy.http.get("/nowhere"), 404)
     error_of(toy.http.get("/v1/completions"), 405)

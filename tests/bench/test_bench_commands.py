@@ -35,5 +35,5 @@ def test_ramp_climbs_until_the_context_ends_and_the_server_lives_on(tmp_path, ca
 
 
 def test_serve_reports_a_server_that_is_not_there(capsys):
-    assert main(["bench", "serve", "--url", "http://127.0.0.1:9", "--num-prompts", "1"]) == 1
+    assert main(["bench", "serve", "--url", "http://127.0.0.1:9", "--num-prompts", "1"]) == 2
     assert "does not serve models" in capsys.readouterr().err

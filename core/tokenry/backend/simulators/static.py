@@ -131,7 +131,7 @@ class SimTotal(StaticDevice):
 class FlatAttention(ReferenceOp):
     """Paged attention block by block: partial softmax per block, then joined per row.
 
-    Source of the scheme: the flat paged attention of vllm-gaudi, from its published description.
+    Source of the scheme: published descriptions of flat paged attention (block list and groups).
     """
 
     def __call__(
