@@ -51,6 +51,7 @@ async def chat_completions(request: Request) -> Response:
         kind="delta" if chat.stream else "final",
         priority=chat.priority or 0,
         cache_salt=chat.cache_salt or "",
+        asked_tokens=params.max_tokens,
     )
     headers = ignored_header(unknown)
     if chat.stream:

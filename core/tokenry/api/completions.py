@@ -49,6 +49,7 @@ async def completions(request: Request) -> Response:
         kind="delta" if wanted.stream else "final",
         priority=wanted.priority or 0,
         cache_salt=wanted.cache_salt or "",
+        asked_tokens=wanted.max_tokens,
     )
     headers = ignored_header(unknown)
     if wanted.stream:
