@@ -206,11 +206,10 @@ def _devices(args: argparse.Namespace) -> int:
     from tokenry.backend.discovery import absent, discover, simulators, table
 
     probes = discover()
-    rows = [*probes, *absent(probes), *simulators()] if args.all else probes
-    if not rows:
-        rows = absent(probes)
-    print(table(rows))
-    return 0 if any(probe.state == "usable" for probe in probes) else 1
+    usable = any(probe.state == "usable" for probe in probes)
+    rows = probes if usable and not args.all else [*probes, *absent(probes)]
+    print(table([*rows, *simulators()] if args.all else rows))
+    return 0
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
