@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -136,6 +137,16 @@ def test_kv_is_zeroed_and_too_much_is_refused(threads):
     with pytest.raises(DeviceOOM, match="GiB is free"):
         backend.alloc_kv(spec, backend.memory().total // spec.block_bytes + 1)
     assert backend.alloc_kv(spec, 1)
+
+
+def test_kv_takes_memory_only_when_it_is_written():
+    backend = CpuBackend(CpuOptions(threads=1))
+    spec = KVSpec(num_layers=1, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32")
+    before = psutil.Process().memory_info().rss
+    (layer,) = backend.alloc_kv(spec, 2**30 // spec.block_bytes)
+    layer[5] = 1
+    assert layer[5].all() and not layer[4].any()
+    assert psutil.Process().memory_info().rss - before < 2**28
 
 
 def test_activations_are_the_peak_of_the_step_not_what_is_left_of_it():

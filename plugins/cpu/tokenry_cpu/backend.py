@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -69,8 +71,9 @@ class CpuBackend(Backend):
         """Per layer [num_blocks, 2, KH, block_size, D], zeroed: a head's share of a block is one
         copy.
 
-        Raises DeviceOOM: the kernel would grant the memory now and kill the process when it is
-        touched.
+        The pages come from the kernel as zeros when a block is first written: clearing gigabytes
+        here would be most of the start-up. Raises DeviceOOM: the kernel would grant the memory now
+        and kill the process when it is touched.
         """
         need, free = num_blocks * spec.block_bytes, self.memory().free
         if need > free:
@@ -81,7 +84,7 @@ class CpuBackend(Backend):
             )
         shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
         dtype = getattr(torch, spec.dtype)
-        return [torch.zeros(shape, dtype=dtype) for _ in range(spec.num_layers)]
+        return [lazy_zeros(shape, dtype) for _ in range(spec.num_layers)]
 
     def plan_kv(self, spec: KVSpec, budget: int, probe: Callable[[], None] | None) -> KVPlan:
         """As the base class, with activations from the resident set's peak: what a step needs is
@@ -107,6 +110,18 @@ class CpuBackend(Backend):
     def ops(self) -> Mapping[str, Op]:
         """Kernels whose rows do not depend on the batch."""
         return cpu_ops()
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A zeroed tensor whose pages, huge where the kernel has them, cost nothing until touched."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def usable_threads(root: Path) -> int:
