@@ -18,8 +18,9 @@ from torch import Tensor
 
 from tokenry.backend.base import Backend, StepBatch
 from tokenry.backend.contract import Bucket, Caps, HostBatch, IntArray
+from tokenry.runner.buckets import Need
 from tokenry.runner.requests import RequestState
-from tokenry.runner.shapes import Launch, Need, Share
+from tokenry.runner.shapes import Launch, Share
 
 FIELDS = (
     "token_ids", "positions", "slots", "prev_row", "q_start", "q_lens", "seq_lens", "block_table",

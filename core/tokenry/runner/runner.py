@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,13 +27,15 @@ from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, RequestError
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest, Row, StepPlan, StepResult
+from tokenry.runner.bucket_grid import make_buckets, maxima
+from tokenry.runner.buckets import BucketSettings, BucketTable, exact
 from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory
 from tokenry.runner.pack import blank_batch, need_of, pack, table_width, to_device
 from tokenry.runner.programs import Programs
 from tokenry.runner.requests import RequestState
 from tokenry.runner.results import Outcome, PartialStep
 from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler
-from tokenry.runner.shapes import Extent, Launch, Share, choose, exact, make_buckets, split
+from tokenry.runner.shapes import Extent, Launch, Share, split
 
 Progress = Callable[[str, float], None]
 
@@ -69,6 +71,7 @@ class RunnerConfig:
     block_size: int | None = None
     enforce_eager: bool = False
     warmup: bool = True
+    buckets: BucketSettings = field(default_factory=BucketSettings)
 
 
 class ModelRunner:
@@ -110,11 +113,12 @@ class ModelRunner:
         )
         progress("planning memory", 0.0)
         self.plan = self._plan(config, spec.max_model_len)
-        self._extent = self._extent_of(config, self.plan.max_model_len)
+        self._extent = self._extent_of(config, self.plan.max_model_len, self.plan.num_blocks)
         kv = backend.alloc_kv(self._kv_spec, self.plan.num_blocks)
         self._kv = kv
         eager = config.enforce_eager and not self._caps.shapes.static
-        buckets = [] if eager else make_buckets(self._caps, self._extent)
+        buckets = [] if eager else make_buckets(self._caps, self._extent, config.buckets)
+        self._table = BucketTable(buckets, self._caps, config.buckets.block_price)
         step = self._step
         self._programs = Programs(backend, lambda batch: step(batch, kv), buckets)
         if config.warmup or self._caps.shapes.static:
@@ -146,12 +150,14 @@ class ModelRunner:
             )
         return wanted
 
-    def _extent_of(self, config: RunnerConfig, max_model_len: int) -> Extent:
+    def _extent_of(self, config: RunnerConfig, max_model_len: int, num_blocks: int) -> Extent:
         limits = config.memory
         return Extent(
             max_seqs=limits.max_num_seqs,
             max_tokens=limits.max_num_batched_tokens,
             max_blocks=-(-max_model_len // self.block_size),
+            block_size=self.block_size,
+            total_blocks=num_blocks,
         )
 
     def _plan(self, config: RunnerConfig, model_len: int) -> MemoryPlan:
@@ -161,18 +167,20 @@ class ModelRunner:
         )
 
     def _probe(self, config: RunnerConfig, model_len: int) -> None:
-        """The worst step that can come, on a KV of one block: all tokens, all sequences, the
-        sampler.
+        """The worst steps that can come, on a KV of one block: all tokens, all sequences, the
+        sampler; on static devices the largest program of every kind.
         """
-        extent = self._extent_of(config, config.memory.max_model_len or model_len)
+        most_blocks = self._backend.memory().free // self._kv_spec.block_bytes
+        extent = self._extent_of(config, config.memory.max_model_len or model_len, most_blocks)
         seqs = min(extent.max_seqs, extent.max_tokens)
-        bucket = Bucket("mixed", seqs, extent.max_tokens, 0)
+        buckets = [Bucket("mixed", seqs, extent.max_tokens, 0)]
         if self._caps.shapes.static:
-            bucket = make_buckets(self._caps, extent)[0]
+            buckets = maxima(make_buckets(self._caps, extent, config.buckets))
         kv = self._backend.alloc_kv(self._kv_spec, 1)
-        batch = self._blank(bucket, extent)
         with torch.inference_mode():
-            self._execute(self._step(batch, kv), batch)
+            for bucket in buckets:
+                batch = self._blank(bucket, extent)
+                self._execute(self._step(batch, kv), batch)
 
     @torch.inference_mode()
     def _warm_up(self, progress: Progress) -> None:
@@ -301,7 +309,7 @@ class ModelRunner:
         own = [states[share.row] for share in launch.shares]
         need = need_of(launch, self.block_size)
         caps = self._caps
-        bucket = choose(need, self._programs.buckets, caps) or exact(need, caps)
+        bucket = self._table.choose(need) or exact(need, caps)
         packed = pack(
             launch,
             own,

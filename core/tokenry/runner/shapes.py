@@ -1,13 +1,13 @@
-"""Which launches a step becomes, and which shapes they may have.
+"""Which launches a step becomes.
 
-In: the rows of a plan, a device's ShapeRules and PhaseRules. Out: launches (rows that may share a
-program) and the
-bucket that covers each. Pure functions of numbers: no tensors, no requests.
+In: the rows of a plan, a device's ShapeRules and PhaseRules. Out: launches, rows that may share a
+program. Pure functions of numbers: no tensors, no requests. The shapes that a launch may have are
+next door, in buckets.py.
 
-Devices that cannot mix prefill and decode get phase-pure launches from `split`; devices with static
-shapes get every
-bucket up front from `make_buckets`, so that the covering one can always be found and nothing
-compiles in service.
+Devices that cannot mix prefill and decode get phase-pure launches. Rows share a launch only while
+the largest bucket can hold them: where rows are padded to one length, as long as the padded rows
+stay within the token budget; where blocks are counted over the batch, as long as they are no more
+than the device has (rows that share a prefix count it each).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tokenry.backend.contract import Bucket, Caps, Phase
-from tokenry.errors import UncoveredShape
+from tokenry.backend.contract import Caps, Phase
 
 SCORED_TOKENS = 256
 """Most tokens whose full logits a launch computes for prompt log-probabilities (bounds [tokens,
@@ -52,11 +51,26 @@ class Launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """The largest step that can come: what buckets must cover."""
+    """The largest step that can come: what buckets must cover.
+
+    max_blocks    of one request.
+    block_size    tokens per block; None: unknown, then shapes that cannot come are not left out.
+    total_blocks  most in one launch where a device counts them over the batch; None: no limit. No
+                  less than max_blocks.
+    """
 
     max_seqs: int
     max_tokens: int
     max_blocks: int
+    block_size: int | None = None
+    total_blocks: int | None = None
+
+    def batch_blocks(self, seqs: int) -> int:
+        """Most KV blocks of a launch of that many requests, counted over the batch."""
+        most = self.max_blocks * seqs
+        if self.total_blocks is None or self.block_size is None:
+            return most
+        return min(most, max(self.max_blocks, self.total_blocks))
 
 
 def split(shares: Sequence[Share], caps: Caps, extent: Extent) -> Iterator[Launch]:
@@ -68,18 +82,18 @@ def split(shares: Sequence[Share], caps: Caps, extent: Extent) -> Iterator[Launc
                 phase: Phase = "mixed" if caps.phases.mixed else "prefill"
                 yield Launch(phase=phase, shares=(part,), scored=True)
     if caps.phases.mixed:
-        if plain:
-            pure = not caps.shapes.static and all(_decodes(s, caps) for s in plain)
-            phase = "decode" if pure else "mixed"
-            yield Launch(phase=phase, shares=tuple(plain))
+        pure = not caps.shapes.static and all(_decodes(s, caps) for s in plain)
+        for rows in _grouped(plain, caps, extent, len(plain)):
+            yield Launch(phase="decode" if pure else "mixed", shares=tuple(rows))
         return
-    decode = tuple(s for s in plain if _decodes(s, caps))
+    decode = [s for s in plain if _decodes(s, caps)]
     prefill = [s for s in plain if not _decodes(s, caps)]
-    most = caps.phases.max_prefill_seqs or max(1, len(prefill))
-    for i in range(0, len(prefill), most):
-        yield Launch(phase="prefill", shares=tuple(prefill[i : i + most]))
-    if decode:
-        yield Launch(phase="decode", shares=decode)
+    most = caps.phases.max_prefill_seqs or len(prefill)
+    budget = extent.max_tokens if caps.shapes.uniform_q else None
+    for rows in _grouped(prefill, caps, extent, most, padded_tokens=budget):
+        yield Launch(phase="prefill", shares=tuple(rows))
+    for rows in _grouped(decode, caps, extent, len(decode)):
+        yield Launch(phase="decode", shares=tuple(rows))
 
 
 def scored_tokens(caps: Caps, extent: Extent) -> int:
@@ -94,6 +108,33 @@ def scored_tokens(caps: Caps, extent: Extent) -> int:
     return min(SCORED_TOKENS, extent.max_tokens)
 
 
+def _grouped(
+    shares: Sequence[Share],
+    caps: Caps,
+    extent: Extent,
+    most: int,
+    *,
+    padded_tokens: int | None = None,
+) -> Iterator[list[Share]]:
+    """Rows that share a launch, in order: at most `most`, within `padded_tokens` after padding to
+    the longest, and within the blocks that a device with a count over the batch has.
+    """
+    size = extent.block_size if caps.shapes.static and caps.shapes.kv_axis == "total" else None
+    together: list[Share] = []
+    longest = blocks = 0
+    for share in shares:
+        own = -(-(share.start + share.count) // size) if size is not None else 0
+        longest, blocks = max(longest, share.count), blocks + own
+        n = len(together) + 1
+        wide = padded_tokens is not None and n * longest > padded_tokens
+        if together and (n > most or wide or (size and blocks > extent.batch_blocks(n))):
+            yield together
+            together, longest, blocks = [], share.count, own
+        together.append(share)
+    if together:
+        yield together
+
+
 def _decodes(share: Share, caps: Caps) -> bool:
     return share.start > 0 and share.count <= caps.phases.max_decode_q
 
@@ -106,121 +147,3 @@ def _parts(share: Share, most: int) -> Iterator[Share]:
         yield Share(
             row=share.row, start=start, count=count, sample=share.sample and last, scored=True
         )
-
-
-# ---- buckets ---------------------------------------------------------------------------------
-
-
-def doubling(low: int, high: int, step: int = 1) -> list[int]:
-    """low, then doubled, rounded up to multiples of step, up to high (rounded up) itself."""
-    top = -(-high // step) * step
-    values, value = {top}, max(low, step)
-    while value < top:
-        values.add(-(-value // step) * step)
-        value *= 2
-    return sorted(values)
-
-
-def make_buckets(caps: Caps, extent: Extent) -> list[Bucket]:
-    """Every bucket of a static device, or the captured decode sizes of a dynamic one; largest
-    first.
-
-    Axes double; while that makes more than max_programs, the axis with the most values loses every
-    second one.
-    """
-    rules = caps.shapes
-    if not rules.static and caps.graphs == "none":
-        return []
-    axes = _axes(caps, extent)
-    while len(buckets := _combine(caps, extent, axes)) > rules.max_programs:
-        name = max(axes, key=lambda n: len(axes[n]))
-        if len(axes[name]) <= 1:
-            break  # one value each: cannot be coarser
-        axes[name] = axes[name][-1::-2][::-1]
-    return sorted(buckets, key=_size, reverse=True)
-
-
-def _size(bucket: Bucket) -> tuple[int, ...]:
-    """What orders buckets by the memory that they need."""
-    return (bucket.tokens, int(bucket.logits == "all"), bucket.seqs, bucket.kv_blocks)
-
-
-def _axes(caps: Caps, extent: Extent) -> dict[str, list[int]]:
-    multiple = caps.shapes.multiple_of
-    seqs_step, kv_step = multiple.get("seqs", 1), multiple.get("kv_blocks", 1)
-    axes = {"decode seqs": doubling(1, extent.max_seqs, seqs_step)}
-    if caps.shapes.static:
-        prefill_seqs = min(caps.phases.max_prefill_seqs or extent.max_seqs, extent.max_seqs)
-        axes["prefill seqs"] = doubling(1, prefill_seqs, seqs_step)
-        axes["tokens"] = doubling(1, extent.max_tokens, multiple.get("tokens", 1))
-        axes["kv"] = doubling(1, extent.max_blocks, kv_step)
-    return axes
-
-
-def _combine(caps: Caps, extent: Extent, axes: dict[str, list[int]]) -> set[Bucket]:
-    rules, phases = caps.shapes, caps.phases
-    found: set[Bucket] = set()
-
-    def add(phase: Phase, seqs: int, tokens: int, *, scored: bool = False) -> None:
-        for kv in axes.get("kv", [0]):
-            blocks = {"none": 0, "per_seq": kv, "total": kv * seqs}[rules.kv_axis]
-            found.add(Bucket(phase, seqs, tokens, blocks, "all" if scored else "last"))
-
-    for seqs in axes["decode seqs"]:
-        q = phases.max_decode_q
-        if not (phases.mixed and rules.static):
-            add("decode", seqs, seqs * q)
-    if rules.static:
-        phase: Phase = "mixed" if phases.mixed else "prefill"
-        for seqs in axes["prefill seqs"]:
-            for tokens in axes["tokens"]:
-                add(phase, seqs, seqs * tokens if rules.uniform_q else max(tokens, seqs))
-        smallest = min(axes["prefill seqs"])
-        add(phase, smallest, smallest * scored_tokens(caps, extent), scored=True)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What a launch needs at least; q is the longest row, kv_widest and kv_total count blocks."""
-
-    phase: Phase
-    seqs: int
-    tokens: int
-    q: int
-    kv_widest: int
-    kv_total: int
-    scored: bool = False
-
-
-def covers(bucket: Bucket, need: Need, caps: Caps) -> bool:
-    """Whether the launch fits into the bucket."""
-    rules = caps.shapes
-    kv = {"none": 0, "per_seq": need.kv_widest, "total": need.kv_total}[rules.kv_axis]
-    if bucket.phase != need.phase or (bucket.logits == "all") != need.scored:
-        return False
-    if rules.uniform_q and bucket.tokens // bucket.seqs < need.q:
-        return False
-    tokens = need.seqs * need.q if rules.uniform_q else need.tokens
-    return bucket.seqs >= need.seqs and bucket.tokens >= tokens and bucket.kv_blocks >= kv
-
-
-def choose(need: Need, buckets: Sequence[Bucket], caps: Caps) -> Bucket | None:
-    """The covering bucket with the least padding; None where a dynamic device has none, so it runs
-    uncompiled.
-
-    Raises UncoveredShape on a static device: an error of ours, never a silent compile.
-    """
-    fitting = [b for b in buckets if covers(b, need, caps)]
-    if fitting:
-        return min(fitting, key=lambda b: (b.tokens, b.kv_blocks, b.seqs))
-    if caps.shapes.static:
-        raise UncoveredShape(f"No warmed bucket covers {need}; there are {len(buckets)}.")
-    return None
-
-
-def exact(need: Need, caps: Caps) -> Bucket:
-    """A bucket without padding, for dynamic devices."""
-    kv = {"none": 0, "per_seq": need.kv_widest, "total": need.kv_total}[caps.shapes.kv_axis]
-    tokens = need.seqs * need.q if caps.shapes.uniform_q else need.tokens
-    return Bucket(need.phase, need.seqs, tokens, kv, "all" if need.scored else "last")

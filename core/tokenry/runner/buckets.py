@@ -1,0 +1,122 @@
+"""What a launch needs, which buckets cover it, and which of them wastes least.
+
+In: needs of launches, the warmed buckets. Out: the bucket to run in, or UncoveredShape on a device
+that runs nothing else. Pure functions of numbers. Which buckets there are: bucket_grid.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tokenry.backend.contract import Bucket, Caps, Phase
+from tokenry.errors import UncoveredShape
+from tokenry.runner.axes import AxisRule, Strategy
+
+BLOCK_PRICE = 0.2
+"""Work of reading one KV block, in tokens computed. Of a Llama-3.1-8B with blocks of 128 tokens, a
+block has 16.8 MB and a token 16 GFLOP; at 180 operations per byte of memory traffic, as today's
+accelerators have, that is 16.8e6 * 180 / 16e9 = 0.19."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketSettings:
+    """How the buckets are made.
+
+    axes          rules by axis name, see bucket_grid.AXES.
+    buckets       these (from a tuner) instead of axes; what they leave uncovered is added.
+    max_programs  most programs; the device's own limit counts, too.
+    block_price   work of reading a KV block, in tokens computed.
+    """
+
+    strategy: Strategy = "exponential"
+    axes: Mapping[str, AxisRule] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
+    max_programs: int | None = None
+    block_price: float = BLOCK_PRICE
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a launch needs at least; q is the longest row, kv_widest and kv_total count blocks."""
+
+    phase: Phase
+    seqs: int
+    tokens: int
+    q: int
+    kv_widest: int
+    kv_total: int
+    scored: bool = False
+
+
+def covers(bucket: Bucket, need: Need, caps: Caps) -> bool:
+    """Whether the launch fits into the bucket."""
+    rules = caps.shapes
+    kv = {"none": 0, "per_seq": need.kv_widest, "total": need.kv_total}[rules.kv_axis]
+    if bucket.phase != need.phase or (bucket.logits == "all") != need.scored:
+        return False
+    if rules.uniform_q and bucket.tokens // bucket.seqs < need.q:
+        return False
+    tokens = need.seqs * need.q if rules.uniform_q else need.tokens
+    return bucket.seqs >= need.seqs and bucket.tokens >= tokens and bucket.kv_blocks >= kv
+
+
+def blocks_read(bucket: Bucket, caps: Caps) -> int:
+    """KV blocks that a program of the bucket reads."""
+    per_seq = caps.shapes.kv_axis == "per_seq"
+    return bucket.kv_blocks * bucket.seqs if per_seq else bucket.kv_blocks
+
+
+def work(bucket: Bucket, caps: Caps, block_price: float = BLOCK_PRICE) -> float:
+    """Of one run of the bucket's program, in tokens computed."""
+    return bucket.tokens + block_price * blocks_read(bucket, caps)
+
+
+class BucketTable:
+    """The warmed buckets, cheapest first. Owned by ModelRunner; only `choose` remembers."""
+
+    def __init__(
+        self, buckets: Sequence[Bucket], caps: Caps, block_price: float = BLOCK_PRICE
+    ) -> None:
+        self.buckets = tuple(buckets)
+        self._caps = caps
+        self._by_kind: dict[tuple[Phase, bool], list[Bucket]] = {}
+        self._chosen: dict[Need, Bucket | None] = {}
+        order = sorted(
+            buckets, key=lambda b: (work(b, caps, block_price), b.tokens, b.kv_blocks, b.seqs)
+        )
+        for bucket in order:
+            kind = (bucket.phase, bucket.logits == "all")
+            self._by_kind.setdefault(kind, []).append(bucket)
+
+    def choose(self, need: Need) -> Bucket | None:
+        """The covering bucket with the least padding; None where a dynamic device has none, so it
+        runs uncompiled.
+
+        Raises UncoveredShape on a static device: an error of ours, never a silent compile.
+        """
+        if need in self._chosen:
+            return self._chosen[need]
+        kind = self._by_kind.get((need.phase, need.scored), ())
+        found = next((b for b in kind if covers(b, need, self._caps)), None)
+        if found is None and self._caps.shapes.static:
+            raise UncoveredShape(f"No warmed bucket covers {need}; there are {len(self.buckets)}.")
+        if len(self._chosen) >= MOST_REMEMBERED:
+            self._chosen.clear()
+        self._chosen[need] = found
+        return found
+
+
+MOST_REMEMBERED = 4096
+
+
+def choose(need: Need, buckets: Sequence[Bucket], caps: Caps) -> Bucket | None:
+    """`BucketTable.choose` for one need."""
+    return BucketTable(buckets, caps).choose(need)
+
+
+def exact(need: Need, caps: Caps) -> Bucket:
+    """A bucket without padding, for dynamic devices."""
+    kv = {"none": 0, "per_seq": need.kv_widest, "total": need.kv_total}[caps.shapes.kv_axis]
+    tokens = need.seqs * need.q if caps.shapes.uniform_q else need.tokens
+    return Bucket(need.phase, need.seqs, tokens, kv, "all" if need.scored else "last")
