@@ -21,6 +21,7 @@ from tokenry.hub import find_model
 from tokenry.messages import Ready, Stats
 from tokenry.models.config import read_config
 from tokenry.models.registry import load_spec, pick_dtype
+from tokenry.runner.bucket_file import bucket_settings
 from tokenry.runner.memory import MemoryLimits, check_weights_fit
 from tokenry.runner.runner import ModelRunner, RunnerConfig
 from tokenry.runner.sampler import ProcessorFactory, installed_processors
@@ -141,6 +142,13 @@ def _runner_config(config: EngineConfig) -> RunnerConfig:
         block_size=config.block_size,
         enforce_eager=config.enforce_eager,
         warmup=config.warmup,
+        buckets=bucket_settings(
+            strategy=config.bucket_strategy,
+            axes=config.bucket_axis,
+            file=config.bucket_file,
+            max_programs=config.max_programs,
+        ),
+        record_steps=config.record_steps,
     )
 
 

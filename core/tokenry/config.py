@@ -76,13 +76,30 @@ class EngineConfig:
         "run without captured or compiled programs (not on static devices)", False
     )
     warmup: bool = _f("execute every program once before serving", True)
+    bucket_strategy: Literal["auto", "exponential", "linear", "padding-aware"] = _f(
+        "how the sizes of compiled or captured programs are spaced; auto: as the bucket file says, "
+        "else exponential",
+        "auto",
+    )
+    bucket_axis: tuple[str, ...] = _f(
+        "AXIS=MIN:STEP:MAX or AXIS=VALUE,VALUE,... for one axis of the buckets (prefill.seqs, "
+        "prefill.tokens, prefill.kv_blocks, decode.seqs, decode.kv_blocks), may be given more "
+        "than once",
+        (),
+    )
+    bucket_file: str | None = _f("YAML file with bucket settings, see `tokenry buckets`", None)
+    max_programs: int | None = _f(
+        "most compiled or captured programs; without it as many as the backend allows", None
+    )
+    record_steps: str | None = _f(
+        "append the shape of every step to this file, for `tokenry buckets`", None
+    )
     seed: int = _f("seeds the requests that bring no seed of their own", 0)
 
     def __post_init__(self) -> None:
         _positive(self, "max_num_seqs", "max_num_batched_tokens")
-        _positive(
-            self, "max_model_len", "kv_cache_bytes", "num_kv_blocks", "block_size", optional=True
-        )
+        sizes = ("max_model_len", "kv_cache_bytes", "num_kv_blocks", "block_size", "max_programs")
+        _positive(self, *sizes, optional=True)
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(
                 f"memory_fraction is {self.memory_fraction}, it must lie in (0, 1].",

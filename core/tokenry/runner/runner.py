@@ -36,6 +36,7 @@ from tokenry.runner.requests import RequestState
 from tokenry.runner.results import Outcome, PartialStep
 from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler
 from tokenry.runner.shapes import Extent, Launch, Share, split
+from tokenry.runner.step_log import StepLog
 
 Progress = Callable[[str, float], None]
 
@@ -72,6 +73,7 @@ class RunnerConfig:
     enforce_eager: bool = False
     warmup: bool = True
     buckets: BucketSettings = field(default_factory=BucketSettings)
+    record_steps: str | None = None
 
 
 class ModelRunner:
@@ -101,6 +103,7 @@ class ModelRunner:
         self._lessons: deque[tuple[RequestState, tuple[int, ...]]] = deque()
         self._previous: list[Tensor] = []
         self._fed: list[RequestState] = []
+        self._log = StepLog(config.record_steps) if config.record_steps is not None else None
         progress("loading weights", 0.0)
         self._step = backend.build_model(spec, weights, self._ops)
         self.block_size = self._pick_block_size(config.block_size)
@@ -240,6 +243,8 @@ class ModelRunner:
             for i, (row, state) in enumerate(zip(plan.rows, states, strict=True))
             if self._computable(row, state, partial)
         ]
+        if self._log is not None:
+            self._log.note(shares)
         previous, self._previous = self._previous, []
         lost, self._fed = self._fed, []
         feedback: dict[int, int] = {}
