@@ -1,9 +1,14 @@
 """Architectures that only transformers knows."""
 
+import json
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tokenry.backend.contract import Caps
+from tokenry.backend.ops import OpTable
 from tokenry.errors import ModelLoadError, UnknownArchitecture, Unsupported
 from tokenry.models.registry import load_spec
 
@@ -70,3 +75,54 @@ def test_a_model_with_sinks_in_its_attention_is_refused_in_the_first_step(make, 
     driver.open(1, 4)
     with pytest.raises(Unsupported, match="s_aux"):
         driver.run([(0, [5, 6], 0)])
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_named_and_never_made_up(make, edit, drive):
+    path, _ = make("StableLmConfig")
+    edit(path, drop=["model.layers.0.self_attn.q_proj.weight"])
+    with pytest.raises(
+        ModelLoadError, match=r"lacks 1 tensors .*layers\.0\.self_attn\.q_proj\.weight"
+    ):
+        drive(path)
+
+
+def test_a_tensor_of_another_shape_is_named(make, edit, drive):
+    path, _ = make("StableLmConfig")
+    edit(path, add={"model.layers.1.mlp.up_proj.weight": torch.zeros(40, 32)})
+    with pytest.raises(ModelLoadError, match=r"up_proj\.weight has shape \[40, 32\].*\[48, 32\]"):
+        drive(path)
+
+
+def test_a_tensor_with_nan_is_named(make, edit, drive):
+    path, _ = make("StableLmConfig")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = load_file(path / "model.safetensors")[name].clone()
+    weight[3, 3] = torch.nan
+    edit(path, add={name: weight})
+    with pytest.raises(ModelLoadError, match=rf"model\.safetensors: {name} holds NaN"):
+        drive(path)
+
+
+def test_tied_weights_are_not_missed(make, drive):
+    path, _ = make("StableLmConfig", tie_word_embeddings=True)
+    assert json.loads((path / "config.json").read_text())["tie_word_embeddings"]
+    assert drive(path).greedy([[5, 6, 7]], 2)[0][0].isfinite().all()
+
+
+def test_loading_shows_our_progress_and_no_bar_of_transformers(make, capfd):
+    import transformers
+
+    path, _ = make("StableLmConfig")
+    spec = load_spec(path, dtype="float32")
+    shares: list[float] = []
+    capfd.readouterr()
+    transformers.utils.logging.enable_progress_bar()
+    try:
+        spec.torch_step(spec.weights(shares.append), OpTable(), Caps())
+        assert transformers.utils.logging.is_progress_bar_enabled(), (
+            "the user's setting was changed"
+        )
+    finally:
+        transformers.utils.logging.disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
+    assert len(shares) > 10 and shares == sorted(shares) and shares[-1] == 1.0

@@ -4,7 +4,9 @@ In: a checkpoint directory. Out: `FallbackSpec`, which the runner cannot tell fr
 transformers calls the attention function that we register, one for each loaded model, with q, k, v
 of packed rows. The step's batch and KV are bound to that function, not sent as keyword arguments,
 for some models (StableLM) do not hand those down to their layers. transformers reads the weights
-itself, since its checkpoint names are its own affair.
+itself, since its checkpoint names are its own affair; before that every tensor passes through
+`weights.Checkpoint`, which refuses what is not finite, and after it a tensor that transformers had
+to make up is an error.
 
 What cannot be served right is refused: at load what config.json tells, in the first step (at start)
 what only running tells.
@@ -13,7 +15,8 @@ what only running tells.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +92,18 @@ class FallbackSpec:
         return weight_bytes(self.path) * size[self.dtype] // size[self.model.dtype]
 
     def weights(self, progress: Progress) -> WeightIter:
-        """None: transformers reads the files in `torch_step`."""
-        progress(1.0)
-        return iter(())
+        """Checkpoint tensors by checkpoint name, to be looked at; in `torch_step` transformers reads
+        the files again, from the page cache.
+        """
+        if self.dummy:
+            progress(1.0)
+            return iter(())
+        return open_checkpoint(self.path).stream(progress)
 
     def torch_step(self, weights: WeightIter, ops: OpTable, caps: Caps) -> StepFn:
         """The transformers model with our linears and our attention."""
+        for _ in weights:  # reading a tensor is what checks it
+            pass
         attention = PagedAttention(self, ops)
         model = _load(self, attention)
         _fix_ropes(model, self.max_model_len)
@@ -168,12 +177,19 @@ def _load(spec: FallbackSpec, attention: PagedAttention) -> Any:
     }
     auto: Any = transformers.AutoModelForCausalLM
     try:
-        if not spec.dummy:
-            return auto.from_pretrained(spec.path, local_files_only=True, **options).eval()
-        config = transformers.AutoConfig.from_pretrained(
-            spec.path, trust_remote_code=spec.trust_remote_code
-        )
-        return auto.from_config(config, **options).eval()
+        if spec.dummy:
+            config = transformers.AutoConfig.from_pretrained(
+                spec.path, trust_remote_code=spec.trust_remote_code
+            )
+            return auto.from_config(config, **options).eval()
+        with _no_bar():
+            model, told = auto.from_pretrained(
+                spec.path,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told with the others, not raised without a name
+                **options,
+            )
     except (ValueError, KeyError, ImportError) as error:
         raise _unknown(spec.model, f"transformers says {error}") from error
     except (RuntimeError, OSError) as error:
@@ -181,6 +197,41 @@ def _load(spec: FallbackSpec, attention: PagedAttention) -> Any:
             f"transformers cannot load {spec.path}: {error}.",
             mend="do config.json and the weights belong together?",
         ) from error
+    _refuse_made_up(spec, told)
+    return model.eval()
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """No bar of transformers is drawn: ours tells the share."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def _refuse_made_up(spec: FallbackSpec, told: Mapping[str, Any]) -> None:
+    """What the files lack, transformers fills with random numbers: ModelLoadError instead."""
+    lacking = sorted(told["missing_keys"])
+    if lacking:
+        raise ModelLoadError(
+            f"{spec.path} lacks {len(lacking)} tensors that {spec.architecture} needs: "
+            f"{', '.join(lacking[:4])}{' ...' if len(lacking) > 4 else ''}.",
+            mend="do config.json and the weights belong together?",
+        )
+    unlike = sorted(told["mismatched_keys"])
+    if unlike:
+        name, found, wanted = unlike[0]
+        raise ModelLoadError(
+            f"{open_checkpoint(spec.path).where(name)}: {name} has shape {list(found)}, "
+            f"{spec.architecture} expects {list(wanted)} ({len(unlike)} tensors of another shape).",
+            mend="do config.json and the weights belong together?",
+        )
 
 
 def _fix_ropes(model: nn.Module, length: int) -> None:
