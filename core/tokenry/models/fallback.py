@@ -92,8 +92,8 @@ class FallbackSpec:
         return weight_bytes(self.path) * size[self.dtype] // size[self.model.dtype]
 
     def weights(self, progress: Progress) -> WeightIter:
-        """Checkpoint tensors by checkpoint name, to be looked at; in `torch_step` transformers reads
-        the files again, from the page cache.
+        """Checkpoint tensors by checkpoint name, to be looked at; `torch_step` has transformers
+        read the files again, from the page cache.
         """
         if self.dummy:
             progress(1.0)
@@ -207,12 +207,12 @@ def _no_bar() -> Iterator[None]:
     from transformers.utils import logging
 
     drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs
     try:
         yield
     finally:
         if drawn:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # theirs
 
 
 def _refuse_made_up(spec: FallbackSpec, told: Mapping[str, Any]) -> None:
