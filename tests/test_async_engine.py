@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig
-from tokenry.errors import EngineDead, ModelLoadError, RequestError
+from tokenry.errors import EngineDead, ModelLoadError, RequestError, TokenryError
+from tokenry.messages import AddRequest
 from tokenry.params import SamplingParams
 from tokenry.text.outputs import OutputProcessor
 
@@ -117,6 +119,46 @@ def test_value_that_cannot_be_sent_leaves_nothing_behind():
         with pytest.raises(OverflowError):
             await last(engine.generate("Once", priority=2**70))
         assert engine.num_requests == engine.num_completions == 0
+        assert (await last(engine.generate("Once"))).finished
+
+    run(story)
+
+
+def test_command_that_cannot_be_read_fails_its_sender_and_nobody_else(monkeypatch):
+    monkeypatch.setenv("TOY_STEP_S", "0.005")
+
+    async def story(engine):
+        params = SamplingParams(max_tokens=60, seed=3)
+        alone = await last(engine.generate("Once", params))
+        other = asyncio.create_task(last(engine.generate("Once", params)))
+        with pytest.raises(TokenryError, match="cache_salt"):
+            await last(engine.generate("Once", cache_salt=5))
+        wrong = SamplingParams(max_tokens=5)
+        msgspec.structs.force_setattr(wrong, "n", 0)  # as a front of another version might send
+        engine._handle.send(AddRequest(request_id="x#0", token_ids=(5,), params=wrong))
+        assert (await other).outputs[0].token_ids == alone.outputs[0].token_ids
+        assert engine.num_requests == 0
+        engine.check_health()
+
+    run(story)
+
+
+def test_prompt_ids_that_are_no_whole_numbers_are_refused():
+    async def story(engine):
+        for ids in ([5, 1.5], [5, "6"], [True]):
+            with pytest.raises(RequestError, match="whole number") as caught:
+                await last(engine.generate(ids))
+            assert caught.value.param == "prompt"
+        assert engine.num_requests == 0
+
+    run(story)
+
+
+def test_seed_that_is_no_whole_number_is_refused_and_the_engine_lives():
+    async def story(engine):
+        with pytest.raises(RequestError, match="seed"):
+            await last(engine.generate("Once", SamplingParams(seed=1.5)))
+        engine.check_health()
         assert (await last(engine.generate("Once"))).finished
 
     run(story)

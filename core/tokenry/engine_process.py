@@ -126,7 +126,8 @@ class EngineProcess:
     def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
         self._engine = engine
         self._socket = socket
-        self._decoder = msgspec.msgpack.Decoder(list[Command])
+        self._batches = msgspec.msgpack.Decoder(list[msgspec.Raw])
+        self._commands = msgspec.msgpack.Decoder(Command)
         self._encoder = msgspec.msgpack.Encoder()
         self._stats_sent_s = 0.0
         self._stats_due = False
@@ -147,8 +148,13 @@ class EngineProcess:
         events: list[Event] = []
         timeout_ms = self._patience_ms()
         while self._running and self._socket.poll(timeout_ms):
-            for command in self._decoder.decode(self._socket.recv()):
-                events += self._obey(command)
+            for raw in self._batches.decode(self._socket.recv()):
+                try:
+                    command = self._commands.decode(raw)
+                except (msgspec.DecodeError, TokenryError) as error:  # its sender's fault alone
+                    events += _unreadable(raw, error)
+                else:
+                    events += self._obey(command)
             timeout_ms = 0
         return events
 
@@ -203,6 +209,20 @@ class EngineProcess:
         except (TokenryError, AssertionError) as error:
             return [Reply(query_id=query.query_id, error=str(error) or type(error).__name__)]
         return [Reply(query_id=query.query_id, data=data)]
+
+
+def _unreadable(raw: msgspec.Raw, error: Exception) -> list[Event]:
+    """The answer to whoever sent a command that is none, where it can be told who that is."""
+    data = msgspec.msgpack.decode(raw)
+    told = data if isinstance(data, dict) else {}
+    text = f"The engine cannot read this command: {error}."
+    request_id, query_id = told.get("request_id"), told.get("query_id")
+    if isinstance(request_id, str):
+        return [TokensEvent(request_id=request_id, finish_reason="error", error=text)]
+    if isinstance(query_id, int):
+        return [Reply(query_id=query_id, error=text)]
+    print(text, file=sys.stderr, flush=True)
+    return []
 
 
 def main(argv: Sequence[str]) -> int:

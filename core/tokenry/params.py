@@ -9,6 +9,7 @@ Every field that cannot be served is an error that names the field; nothing is d
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -74,15 +75,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "bad_words"):
+        for name in ("stop", "bad_words"):
             value = getattr(self, name)
-            if not isinstance(value, tuple):
-                msgspec.structs.force_setattr(self, name, tuple(value or ()))
-        if self.allowed_token_ids is not None and not isinstance(self.allowed_token_ids, tuple):
-            msgspec.structs.force_setattr(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        self._check()
+            self._set(name, (value,) if isinstance(value, str) else _tuple(name, value))
+        self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        words = _tuple("bad_words_ids", self.bad_words_ids)
+        self._set("bad_words_ids", tuple(_tuple("bad_words_ids", word) for word in words))
+        if self.allowed_token_ids is not None:
+            ids = _tuple("allowed_token_ids", self.allowed_token_ids)
+            self._set("allowed_token_ids", ids)
+        self._check_types()
+        self._check_ranges()
+
+    def _set(self, name: str, value: tuple[Any, ...]) -> None:
+        msgspec.structs.force_setattr(self, name, value)
 
     @property
     def greedy(self) -> bool:
@@ -100,20 +106,45 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             or self.repetition_penalty != 1
         )
 
-    def _check(self) -> None:
-        _range("n", self.n, 1, 128)
+    def _check_types(self) -> None:
+        """What msgpack would refuse on the other side, refused here, by name."""
+        for name in ("stop", "bad_words"):
+            if not all(isinstance(text, str) for text in getattr(self, name)):
+                raise RequestError(f"{name} must hold strings.", param=name)
+        if any(not text for text in self.stop):
+            raise RequestError("A stop string must not be empty.", param="stop")
+        check_whole("stop_token_ids", self.stop_token_ids)
+        check_whole("allowed_token_ids", self.allowed_token_ids or ())
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids must not be empty.", param="allowed_token_ids")
+        for word in self.bad_words_ids:
+            check_whole("bad_words_ids", word)
+            if not word:
+                raise RequestError("A bad word must have a token.", param="bad_words_ids")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                text = f"{name} must be true or false, got {getattr(self, name)!r}."
+                raise RequestError(text, param=name)
+        for name, kind in (("logit_bias", dict), ("logits_processor", str), ("extra_args", dict)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise RequestError(f"{name} must be a {kind.__name__}.", param=name)
+        check_whole("logit_bias", tuple(self.logit_bias or ()))
+
+    def _check_ranges(self) -> None:
+        _range("n", self.n, 1, 128, whole=True)
         _range("temperature", self.temperature, 0, 100)
         _range("top_p", self.top_p, 0, 1, open_low=True)
-        _range("top_k", self.top_k, -1, 2**31 - 1)
+        _range("top_k", self.top_k, -1, 2**31 - 1, whole=True)
         _range("min_p", self.min_p, 0, 1)
         _range("presence_penalty", self.presence_penalty, -2, 2)
         _range("frequency_penalty", self.frequency_penalty, -2, 2)
         _range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
         if self.seed is not None:
-            _range("seed", self.seed, -(2**63), 2**64 - 1)
+            _range("seed", self.seed, -(2**63), 2**64 - 1, whole=True)
         if self.max_tokens is not None:
-            _range("max_tokens", self.max_tokens, 0, 2**31 - 1)
-        _range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+            _range("max_tokens", self.max_tokens, 0, 2**31 - 1, whole=True)
+        _range("min_tokens", self.min_tokens, 0, 2**31 - 1, whole=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.max_tokens}).",
@@ -122,17 +153,48 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _range(name, value, 0, MAX_LOGPROBS)
-        if any(not s for s in self.stop):
-            raise RequestError("A stop string must not be empty.", param="stop")
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids must not be empty.", param="allowed_token_ids")
+                _range(name, value, 0, MAX_LOGPROBS, whole=True)
         for token, bias in (self.logit_bias or {}).items():
             _range(f"logit_bias.{token}", bias, -100, 100)
 
 
-def _range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+_FLAGS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
+
+
+def check_whole(name: str, ids: Sequence[object], *, param: str | None = None) -> None:
+    """Raises RequestError if one of the ids is no int; `param` if the field has another name."""
+    if not set(map(type, ids)) <= {int}:
+        wrong = next(i for i in ids if type(i) is not int)
+        raise RequestError(
+            f"{name} has the token id {wrong!r}, which is a {type(wrong).__name__}, not a whole "
+            "number.",
+            param=param or name,
+            mend="a list of ints; an array's .tolist() is one",
+        )
+
+
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} must be a list, got {value!r}.", param=name)
+    return tuple(value)
+
+
+def _range(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False, whole: bool = False
+) -> None:
+    kinds = (int,) if whole else (int, float)
+    bad = isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value)
     if bad or value < low or value > high or (open_low and value == low):
         bracket = "(" if open_low else "["
-        raise RequestError(f"{name} must be in {bracket}{low}, {high}], got {value!r}.", param=name)
+        what = "a whole number in" if whole else "in"
+        raise RequestError(
+            f"{name} must be {what} {bracket}{low}, {high}], got {value!r}.", param=name
+        )

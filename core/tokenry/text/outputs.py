@@ -19,7 +19,7 @@ import msgspec
 from tokenry.errors import ContextLengthExceeded, RequestError, StepFailed, TokenryError
 from tokenry.messages import AddRequest, TokensEvent
 from tokenry.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from tokenry.params import SamplingParams
+from tokenry.params import SamplingParams, check_whole
 from tokenry.plan import TokenLogprobs
 from tokenry.text.detokenizer import make_detokenizer
 from tokenry.text.stops import StopStrings
@@ -335,6 +335,7 @@ def validate(
     """
     if not prompt_ids:
         raise RequestError("The prompt is empty: it has no token.", param=param)
+    check_whole(param, prompt_ids)
     if len(prompt_ids) >= max_model_len:
         raise ContextLengthExceeded(
             max_model_len=max_model_len, num_prompt_tokens=len(prompt_ids), param=param
