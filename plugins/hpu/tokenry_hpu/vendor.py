@@ -1,0 +1,244 @@
+"""Every symbol of the vendor's software that this plugin uses, with its signature and where that is
+written.
+
+In: nothing. Out: `SYMBOLS` (data, tests compare it with what is installed), `load` (the vendor's
+modules, once), and calls whose form is worth a name. No other file imports `habana_frameworks` or
+names `torch.ops.hpu`. Sources: "bridge" is github.com/HabanaAI/gaudi-pytorch-bridge below
+python_packages/habana_frameworks/torch (read at the commits of 2025); "vllm-gaudi" is
+github.com/vllm-project/vllm-gaudi; "docs" is docs.habana.ai.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenry.errors import BackendError, ConfigError
+
+DISTRIBUTION = "habana-torch-plugin"
+WHERE = (
+    f"{DISTRIBUTION} and its torch are not on PyPI. Intel keeps them in the containers "
+    "vault.habana.ai/gaudi-docker, and for bare metal behind habanalabs-installer.sh: "
+    "docs.habana.ai, Installation Guide"
+)
+LAZY = "PT_HPU_LAZY_MODE"
+"""docs, Runtime Environment Variables: 0 (default) torch.compile and eager mode, 1 lazy mode. Read
+once, when the vendor's library is loaded.
+"""
+VISIBLE = "HABANA_VISIBLE_MODULES"
+"""docs, Multiple Workloads on a Single Docker: comma-separated modules that a process may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A name of the vendor's: dotted path, parameters as we pass them, where it is written."""
+
+    path: str
+    signature: str
+    source: str
+
+
+CORE, HPU = "habana_frameworks.torch.core", "habana_frameworks.torch.hpu"
+HPEX = "habana_frameworks.torch.hpex"
+SYMBOLS = (
+    Symbol(f"{CORE}.mark_step", "(device_str='', sync=False)", "bridge core/step_closure.py; docs"),
+    Symbol(
+        f"{HPU}.wrap_in_hpu_graph",
+        "(module, asynchronous=False, disable_tensor_cache=False, dry_run=False, max_graphs=None)",
+        "bridge hpu/graphs.py",
+    ),
+    Symbol(f"{HPU}.synchronize", "()", "bridge hpu/__init__.py"),
+    Symbol(f"{HPU}.mem_get_info", "(device=None) -> (free, total)", "bridge hpu/memory.py"),
+    Symbol(f"{HPU}.max_memory_allocated", "(device=None)", "bridge hpu/memory.py"),
+    Symbol(f"{HPU}.reset_peak_memory_stats", "(device=None)", "bridge hpu/memory.py"),
+    Symbol(f"{HPU}.get_device_name", "(device=None)", "bridge hpu/__init__.py"),
+    Symbol(f"{HPU}.Event", "(enable_timing=False)", "bridge hpu/events.py"),
+    Symbol(
+        f"{HPU}.metrics.metric_localcontext",
+        "(name) -> context whose stats()[0] is ('TotalNumber', n)",
+        "bridge hpu/metrics/metrics.py; vllm-gaudi v1/worker/hpu_worker.py",
+    ),
+    Symbol("habana_frameworks.torch.utils.internal.is_lazy", "()", "bridge utils/internal.py"),
+    Symbol(
+        f"{HPEX}.kernels.FusedSDPA",
+        ".apply(q, k, v, attn_mask, dropout_p, is_causal, scale, softmax_mode, recompute_mode)",
+        "bridge hpex/kernels/FusedSDPA.py",
+    ),
+    Symbol(
+        f"{HPEX}.kernels.apply_rotary_pos_emb",
+        "(p, cos, sin, position_ids, offset, mode)",
+        "bridge hpex/kernels/RotaryPosEmbeddingHelper.py",
+    ),
+    Symbol(
+        f"{HPEX}.kernels.RotaryPosEmbeddingMode.BLOCKWISE",
+        "enum member",
+        "bridge hpex/kernels/RotaryPosEmbeddingHelper.py",
+    ),
+    Symbol(
+        f"{HPEX}.normalization.FusedRMSNorm",
+        ".apply(data_in, gamma, eps)",
+        "bridge hpex/normalization/FusedRMSNorm.py",
+    ),
+    Symbol(
+        "torch.ops.hpu.mixture_of_experts",
+        "(hidden_states, expert_routing_table, router_weights, w12[], w3[], permuted_weights, "
+        "activation, experts_min, experts_max)",
+        "bridge schema mixture_of_experts.fused_weights; vllm-gaudi extension/ops.py",
+    ),
+    Symbol(
+        "torch.ops.hpu.cast_to_fp8_v2",
+        "(input, scale=None, stochastic_rounding=False, is_amax=False, dtype=None) -> (y, amax)",
+        "bridge schema cast_to_fp8_v2; vllm-gaudi extension/ops.py dynamic_quant",
+    ),
+    Symbol(
+        "torch.ops.hpu.fp8_gemm_v2",
+        "(A, trans_A, B, trans_B, D, out_dtype, A_scale_inv, B_scale_inv, bias, accumulate)",
+        "bridge schema fp8_gemm_v2; vllm-gaudi extension/ops.py apply_fp8_linear_hpu",
+    ),
+)
+DYNAMO_BACKEND = "hpu_backend"
+"""docs, torch.compile on Gaudi: torch.compile(..., backend="hpu_backend")."""
+OOM_WORDS = ("PT_DEVMEM", "Allocation failed for size", "out of memory")
+"""In the RuntimeError of a failed allocation: vllm-gaudi docs, calibration, quote "MODULE:PT_DEVMEM
+Allocation failed for size::939524096 (896)MB".
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Vendor:
+    """What was loaded: the module torch.hpu, the classes and functions of `SYMBOLS`."""
+
+    hpu: Any
+    mark_step: Any
+    metrics: Any
+    sdpa: Any
+    rms_norm: Any
+    rotary: Any
+    blockwise: Any
+    lazy: bool
+
+    def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
+        """`module`, recorded at its first call and replayed from then on (lazy mode only)."""
+        wrapped: torch.nn.Module = self.hpu.wrap_in_hpu_graph(module, disable_tensor_cache=True)
+        return wrapped
+
+
+def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int = 0) -> Vendor:
+    """The vendor's modules, in the mode asked for, on the module (device) of that number.
+
+    Writes PT_HPU_LAZY_MODE into `environ` before they are imported. Raises ConfigError if the
+    environment says otherwise or they are loaded in the other mode already, BackendError if they
+    are not installed.
+    """
+    wanted, said = str(int(lazy)), environ.get(LAZY)
+    if said not in (None, wanted):
+        other = "hpu_graphs" if said == "1" else "compile"
+        raise ConfigError(
+            f"The environment has {LAZY}={said}, the way to run programs that was chosen needs "
+            f"{LAZY}={wanted}.",
+            mend=f"unset {LAZY}, or --backend-option graphs={other}",
+        )
+    loaded = said is None and "habana_frameworks.torch" in sys.modules
+    if loaded and find("habana_frameworks.torch.utils.internal.is_lazy")() != lazy:
+        raise ConfigError(
+            "habana_frameworks was loaded in the other mode before tokenry opened the device.",
+            mend=f"start the process with {LAZY}={wanted} in its environment",
+        )
+    environ[LAZY] = wanted
+    if lazy:
+        environ.setdefault("PT_HPU_ENABLE_LAZY_COLLECTIVES", "true")
+    if module:
+        visible = environ.get(VISIBLE, "all")
+        environ[VISIBLE] = str(module) if visible == "all" else visible.split(",")[module]
+    return Vendor(
+        hpu=find(HPU),
+        mark_step=find(f"{CORE}.mark_step"),
+        metrics=find(f"{HPU}.metrics"),
+        sdpa=find(f"{HPEX}.kernels.FusedSDPA"),
+        rms_norm=find(f"{HPEX}.normalization.FusedRMSNorm"),
+        rotary=find(f"{HPEX}.kernels.apply_rotary_pos_emb"),
+        blockwise=find(f"{HPEX}.kernels.RotaryPosEmbeddingMode").BLOCKWISE,
+        lazy=lazy,
+    )
+
+
+def load_hccl() -> None:
+    """Register the `hccl` backend with torch.distributed (an import does)."""
+    find("habana_frameworks.torch.distributed.hccl")
+
+
+def find(path: str) -> Any:
+    """The object at a dotted path. Raises BackendError that tells where the vendor keeps it."""
+    names = path.split(".")
+    value, at = None, 0
+    for at in range(len(names), 0, -1):
+        module = ".".join(names[:at])
+        try:
+            value = importlib.import_module(module)
+            break
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise BackendError(f"{module} cannot be loaded: {error}.", mend=WHERE) from error
+    for name in names[at:] if value is not None else ():
+        value = getattr(value, name, None)
+    if value is None:
+        raise BackendError(f"There is no {path} on this machine.", mend=WHERE)
+    return value
+
+
+def is_oom(error: RuntimeError) -> bool:
+    """Whether the device had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in OOM_WORDS)
+
+
+def experts(x: Tensor, ids: Tensor, gates: Tensor, weights: Mapping[str, Any], kind: str) -> Tensor:
+    """[T, E]: x [T, E] through the experts ids [T, k] int64, weighted with gates [T, k].
+
+    weights: lists of one tensor per expert, w12 [2I, E] (gate, then up) and w3 [E, I].
+    """
+    y: Tensor = torch.ops.hpu.mixture_of_experts(
+        hidden_states=x,
+        expert_routing_table=ids,
+        router_weights=gates,
+        w12=weights["w12"],
+        w3=weights["w3"],
+        permuted_weights=True,
+        activation=kind,
+        experts_min=0,
+        experts_max=len(weights["w12"]) - 1,
+    )
+    return y
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """Gives x / scale in float8_e4m3fn, saturated; scale broadcasts to x."""
+    y: Tensor = torch.ops.hpu.cast_to_fp8_v2(x, 1.0 / scale, False, False, torch.float8_e4m3fn)[0]
+    return y
+
+
+def fp8_gemm(
+    x: Tensor, x_scale: Tensor, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """[T, out] in `dtype`: (x * x_scale) @ (weight * scale).T + bias, with one scale per row of x
+    [T, 1] and one per row of weight [out].
+    """
+    y: Tensor = torch.ops.hpu.fp8_gemm_v2(
+        A=x,
+        trans_A=False,
+        B=weights["fp8"],
+        trans_B=True,
+        D=None,
+        out_dtype=dtype,
+        A_scale_inv=x_scale,
+        B_scale_inv=weights["scale"],
+        bias=weights.get("bias"),
+        accumulate=False,
+    )
+    return y
