@@ -92,7 +92,7 @@ def assemble(
     )
     engine = Engine(_limits(config, runner), runner)
     notes = [*spec.notes, *(f"{c.field} = {c.value}: {c.why}" for c in changes)]
-    notes += runner.plan.notes
+    notes += runner.notes
     fallbacks = runner.stats()[2]
     if fallbacks:
         named = ", ".join(f"{name} x{count}" for name, count in sorted(fallbacks.items()))

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenry.backend.contract import Bucket, Caps, PhaseRules, ShapeRules
-from tokenry.errors import ConfigError
+from tokenry.backend.simulators.static import SimTotal
+from tokenry.errors import ConfigError, DeviceOOM
 from tokenry.runner.axes import STRATEGIES, AxisRule, axis_values
 from tokenry.runner.bucket_grid import AXES, grid, kinds, make_buckets, maxima
 from tokenry.runner.buckets import BucketSettings, BucketTable, covers, work
@@ -314,3 +315,42 @@ def test_settings_do_not_change_the_tokens(make_runner):
 
     default = BucketSettings()
     assert tokens(default) == tokens(dataclasses.replace(default, max_programs=3))
+
+
+@pytest.fixture
+def small_pool():
+    """small_pool(n): a sim-hpu that has memory for n programs."""
+
+    class Small(SimTotal):
+        def __init__(self, programs):
+            super().__init__(2**30)
+            self.programs = programs
+
+        def compile(self, step, example):
+            if self.compile_count() >= self.programs:
+                raise DeviceOOM(f"No room for program {self.compile_count() + 1}.")
+            return super().compile(step, example)
+
+    return Small
+
+
+def test_memory_that_ends_in_warm_up_leaves_fewer_programs_and_a_note(make_runner, small_pool):
+    # three programs that cover everything were counted when memory was planned already
+    runner = make_runner("sim-hpu", backend=small_pool(8))
+    assert 3 < runner.stats()[0] <= 8
+    assert "programs fit into the memory" in runner.notes[-1]
+    driver = Driver(runner)
+    driver.add("a", range(2, 22))
+    driver.add("b", range(2, 9))
+    driver.run({"a": 20, "b": 7})
+    made = runner.compile_count()
+    for _ in range(8):
+        assert not driver.run({"a": 1, "b": 1})["a"].error
+    assert runner.compile_count() == made
+
+
+def test_too_little_memory_for_the_programs_that_cover_everything_is_an_error(
+    make_runner, small_pool
+):
+    with pytest.raises(DeviceOOM, match="No memory to warm up Bucket"):
+        make_runner("sim-hpu", backend=small_pool(1))

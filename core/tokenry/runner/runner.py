@@ -121,11 +121,11 @@ class ModelRunner:
         self._kv = kv
         eager = config.enforce_eager and not self._caps.shapes.static
         buckets = [] if eager else make_buckets(self._caps, self._extent, config.buckets)
-        self._table = BucketTable(buckets, self._caps, config.buckets.block_price)
         step = self._step
         self._programs = Programs(backend, lambda batch: step(batch, kv), buckets)
         if config.warmup or self._caps.shapes.static:
             self._warm_up(progress)
+        self._table = BucketTable(self._programs.buckets, self._caps, config.buckets.block_price)
 
     # ---- the start ---------------------------------------------------------------------------
 
@@ -133,6 +133,12 @@ class ModelRunner:
     def memory_plan(self) -> MemoryPlan:
         """What was decided about memory."""
         return self.plan
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the start-up log."""
+        late = self._programs.note
+        return self.plan.notes if late is None else (*self.plan.notes, late)
 
     def stats(self) -> tuple[int, int, dict[str, int]]:
         """Programs, launches that ran uncompiled, ops that fell back to the reference."""
