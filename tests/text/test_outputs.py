@@ -227,10 +227,15 @@ def test_dead_engine_fails_every_request(processor):
         (PROMPT, {"stop_token_ids": (5000,)}, "stop_token_ids"),
         (PROMPT, {"allowed_token_ids": (5000,)}, "allowed_token_ids"),
         (PROMPT, {"logit_bias": {5000: 1.0}}, "logit_bias"),
+        (PROMPT, {"bad_words_ids": ((10**6,),)}, "bad_words_ids"),
+        (PROMPT, {"bad_words_ids": ((5, -1),)}, "bad_words_ids"),
         (PROMPT, {"stop": "x", "detokenize": False}, "stop"),
         (PROMPT, {"bad_words": (" ",)}, "bad_words"),
     ],
-    ids=["empty", "beyond", "negative", "stop-id", "allowed", "bias", "no-text", "blank-word"],
+    ids=[
+        *("empty", "beyond", "negative", "stop-id", "allowed", "bias", "bad-id", "negative-bad-id"),
+        *("no-text", "blank-word"),
+    ],
 )
 def test_bad_request_names_its_field_and_starts_nothing(processor, prompt, params, param):
     with pytest.raises(RequestError) as caught:
@@ -256,6 +261,14 @@ def test_bad_words_are_banned_with_and_without_leading_space(processor, tokenize
     texts = {tokenizer.decode(ids) for ids in command.params.bad_words_ids}
     assert texts == {"king", " king"}
     assert tokenize_bad_words(["king"], tokenizer) == command.params.bad_words_ids
+
+
+def test_bad_word_whose_tokens_the_model_lacks_is_refused(tokenizer):
+    processor = OutputProcessor(tokenizer, max_model_len=64, vocab_size=200)
+    with pytest.raises(RequestError, match="bad_words has the token id") as caught:
+        processor.add("r", [10], SamplingParams(bad_words="king"))
+    assert caught.value.param == "bad_words"
+    assert len(processor) == 0
 
 
 @pytest.mark.parametrize(("kind", "served"), [("sentencepiece", True), ("wordpiece", False)])

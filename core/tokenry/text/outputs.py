@@ -108,7 +108,10 @@ class OutputProcessor:
                 "This tokenizer's decoder puts spaces between all tokens.",
                 param="spaces_between_special_tokens",
             )
-        params = complete_params(params, self._tokenizer, self._max_model_len - len(prompt_ids))
+        words = tokenize_bad_words(params.bad_words, self._tokenizer)
+        for word in words:
+            _check_ids("bad_words", word, self._vocab_size)
+        params = complete_params(params, words, self._max_model_len - len(prompt_ids))
         state = RequestState(
             request_id, tuple(prompt_ids), params, self._tokenizer, prompt=prompt, kind=kind
         )
@@ -340,30 +343,33 @@ def validate(
         raise ContextLengthExceeded(
             max_model_len=max_model_len, num_prompt_tokens=len(prompt_ids), param=param
         )
-    named = {param: prompt_ids, "stop_token_ids": params.stop_token_ids}
-    named["allowed_token_ids"] = params.allowed_token_ids or ()
-    named["logit_bias"] = tuple(params.logit_bias or ())
-    for name, ids in named.items():
-        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < vocab_size)
-            raise RequestError(
-                f"{name} has the token id {wrong}, the model's ids are 0 to {vocab_size - 1}.",
-                param=name,
-            )
+    _check_ids(param, prompt_ids, vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+    _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+    _check_ids("logit_bias", tuple(params.logit_bias or ()), vocab_size)
+    for word in params.bad_words_ids:
+        _check_ids("bad_words_ids", word, vocab_size)
     if params.stop and not params.detokenize:
         raise RequestError("Stop strings need the text: detokenize is false.", param="stop")
 
 
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise RequestError(
+            f"{name} has the token id {wrong}, the model's ids are 0 to {vocab_size - 1}.",
+            param=name,
+        )
+
+
 def complete_params(
-    params: SamplingParams, tokenizer: Tokenizer, num_remaining: int
+    params: SamplingParams, bad_words_ids: Sequence[tuple[int, ...]], num_remaining: int
 ) -> SamplingParams:
     """Params with what the engine cannot know: room for the answer, and bad words as token ids."""
     asked = params.max_tokens
     max_tokens = num_remaining if asked is None else min(asked, num_remaining)
-    bad_words_ids = params.bad_words_ids
-    if params.bad_words:
-        bad_words_ids = (*bad_words_ids, *tokenize_bad_words(params.bad_words, tokenizer))
-    return msgspec.structs.replace(params, max_tokens=max_tokens, bad_words_ids=bad_words_ids)
+    ids = (*params.bad_words_ids, *bad_words_ids)
+    return msgspec.structs.replace(params, max_tokens=max_tokens, bad_words_ids=ids)
 
 
 def tokenize_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
