@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenry.backend.base import KV, StepBatch, StepFn, WeightIter
+from tokenry.errors import ModelLoadError
 from tokenry.models.config import ModelConfig
 from tokenry.models.layers import (
     Attention,
@@ -36,10 +37,14 @@ from tokenry.models.rope import rope_table
 
 ACTIVATIONS = {
     "silu": "silu",
+    "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+"""transformers' name -> the ops' name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +121,15 @@ def attention_of(config: ModelConfig, **changes: Any) -> AttentionPlan:
     return AttentionPlan(**values)
 
 
-def activation_of(config: ModelConfig) -> str:
-    """The op's name of the config's activation."""
-    name = config.get("hidden_activation") or config.get("hidden_act", "silu")
+def activation_of(config: ModelConfig, field: str = "hidden_act") -> str:
+    """The op's name of the config's activation. Raises ModelLoadError for one that no op has."""
+    name = config.get(field, "silu")
+    if name not in ACTIVATIONS:
+        raise ModelLoadError(
+            f"{field} {name!r} of this {config.architecture} is not known; known: "
+            f"{', '.join(ACTIVATIONS)}.",
+            mend="a model with one of these activations",
+        )
     return ACTIVATIONS[name]
 
 
@@ -187,7 +198,8 @@ def _mlp(
         return Moe(loader, f"{at}.{layer.moe.name}", config.hidden_size, layer.moe, plan.act)
     if plan.plain_mlp is not None:
         first, second = (f"{at}.{name}" for name in plan.plain_mlp)
-        return PlainMlp(loader, (first, second), config.hidden_size, config.intermediate_size)
+        sizes = (config.hidden_size, config.intermediate_size)
+        return PlainMlp(loader, (first, second), sizes, kind=plan.act)
     return GatedMlp(
         loader,
         f"{at}.mlp",
@@ -282,16 +294,17 @@ def _table(
 
 def _ignorable(name: str) -> bool:
     """Tensors that some checkpoints carry and nobody needs."""
-    return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")) or (
-        name == "lm_head.weight"
-    )
+    return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"))
 
 
 def decoder_step(decoder: Decoder) -> StepFn:
-    """The decoder as a step function, without autograd."""
+    """The decoder as a step function.
+
+    Its caller turns autograd off (the runner is in inference mode): done in here, it would be part
+    of the graph of a backend that compiles, and torch's own graph passes refuse that.
+    """
 
     def step(batch: StepBatch, kv: KV) -> Tensor:
-        with torch.inference_mode():
-            return decoder(batch, kv)
+        return decoder(batch, kv)
 
     return step
