@@ -16,9 +16,8 @@ from tokenry.backend.simulators.static import SimTotal
 from tokenry.errors import ConfigError, DeviceOOM
 from tokenry.runner.axes import STRATEGIES, AxisRule, axis_values
 from tokenry.runner.bucket_grid import AXES, grid, kinds, make_buckets, maxima
-from tokenry.runner.buckets import BucketSettings, BucketTable, covers, work
+from tokenry.runner.buckets import BucketSettings, BucketTable, covers, need_of, work
 from tokenry.runner.merge import merge_down
-from tokenry.runner.pack import need_of
 from tokenry.runner.shapes import Extent, Share, split
 
 SIZE = 4

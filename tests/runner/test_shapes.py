@@ -8,8 +8,8 @@ from tokenry.errors import UncoveredShape
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest
 from tokenry.runner.bucket_grid import make_buckets
-from tokenry.runner.buckets import Need, choose, covers, exact, work
-from tokenry.runner.pack import need_of, pack, table_width
+from tokenry.runner.buckets import Need, choose, covers, exact, need_of, work
+from tokenry.runner.pack import pack, table_width
 from tokenry.runner.requests import RequestState
 from tokenry.runner.shapes import Extent, Launch, Share, split
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tokenry.backend.contract import Bucket, Caps, Phase
 from tokenry.errors import UncoveredShape
 from tokenry.runner.axes import AxisRule, Strategy
+from tokenry.runner.shapes import Launch
 
 BLOCK_PRICE = 0.2
 """Work of reading one KV block, in tokens computed. Of a Llama-3.1-8B with blocks of 128 tokens, a
@@ -47,6 +48,21 @@ class Need:
     kv_widest: int
     kv_total: int
     scored: bool = False
+
+
+def need_of(launch: Launch, block_size: int) -> Need:
+    """What the launch needs of a bucket."""
+    blocks = [-(-(s.start + s.count) // block_size) for s in launch.shares]
+    counts = [s.count for s in launch.shares]
+    return Need(
+        phase=launch.phase,
+        seqs=len(counts),
+        tokens=sum(counts),
+        q=max(counts),
+        kv_widest=max(blocks),
+        kv_total=sum(blocks),
+        scored=launch.scored,
+    )
 
 
 def covers(bucket: Bucket, need: Need, caps: Caps) -> bool:

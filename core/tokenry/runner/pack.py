@@ -38,21 +38,6 @@ class Packed:
     feeds_back: bool
 
 
-def need_of(launch: Launch, block_size: int) -> Need:
-    """What the launch needs of a bucket."""
-    blocks = [-(-(s.start + s.count) // block_size) for s in launch.shares]
-    counts = [s.count for s in launch.shares]
-    return Need(
-        phase=launch.phase,
-        seqs=len(counts),
-        tokens=sum(counts),
-        q=max(counts),
-        kv_widest=max(blocks),
-        kv_total=sum(blocks),
-        scored=launch.scored,
-    )
-
-
 def table_width(bucket: Bucket, need: Need, caps: Caps, max_blocks: int) -> int:
     """Columns of the block table: the bucket's, the widest the device can meet, or just what is
     needed.

@@ -64,6 +64,7 @@ class Programs:
             except DeviceOOM as error:
                 if i >= self._needed:
                     self._stop_at(i, error)
+                    progress(1.0)
                     break
                 raise DeviceOOM(
                     f"No memory to warm up {bucket} ({i} of {len(self.buckets)} programs made): "

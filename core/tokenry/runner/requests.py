@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from tokenry.backend.contract import IntArray
+from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest
 from tokenry.runner.sampler import LogitsProcessor
@@ -44,7 +45,7 @@ class RequestState:
         self.blocks[: self.num_blocks] = new.block_ids
         self.feedback: int | None = None
         self.processor: LogitsProcessor | None = None
-        self.refused: str | None = None
+        self.refused: Refusal | None = None
 
     def learn(self, token_ids: tuple[int, ...]) -> None:
         """The host now knows the next tokens."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenry.errors import Refusal
 from tokenry.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from tokenry.runner.requests import RequestState
 from tokenry.runner.sampler import Draw, Sampled, Scores, score
@@ -57,13 +58,13 @@ class PartialStep:
     def __init__(self, plan: StepPlan, states: Sequence[RequestState]) -> None:
         self._plan = plan
         self._states = states
-        self._errors: dict[str, str] = {}
+        self._errors: dict[str, str | Refusal] = {}
         self._sampled: list[_Rows] = []
         self._scored: list[_Scored] = []
         self.tensors: list[Tensor] = []
 
-    def fail(self, request_id: str, error: str) -> None:
-        """The row cannot be computed."""
+    def fail(self, request_id: str, error: str | Refusal) -> None:
+        """The row cannot be computed, or must not be."""
         self._errors[request_id] = error
 
     def note_sampled(
@@ -135,6 +136,9 @@ class PartialStep:
         lessons: list[tuple[RequestState, tuple[int, ...]]] = []
         for i, row in enumerate(self._plan.rows):
             error = self._errors.get(row.request_id)
+            if isinstance(error, Refusal):
+                results.append(RowResult(request_id=row.request_id, refusal=error))
+                continue
             if error is not None:
                 results.append(RowResult(request_id=row.request_id, error=error))
                 continue

@@ -24,13 +24,13 @@ from torch import Tensor
 from tokenry.backend.base import KV, Backend, ModelSpec, StepBatch, WeightIter
 from tokenry.backend.contract import Bucket, HostBatch, KVSpec
 from tokenry.backend.ops import OpTable
-from tokenry.errors import ConfigError, RequestError
+from tokenry.errors import ConfigError, Refusal, RequestError
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest, Row, StepPlan, StepResult
 from tokenry.runner.bucket_grid import make_buckets, maxima
-from tokenry.runner.buckets import BucketSettings, BucketTable, exact
+from tokenry.runner.buckets import BucketSettings, BucketTable, exact, need_of
 from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory
-from tokenry.runner.pack import blank_batch, need_of, pack, table_width, to_device
+from tokenry.runner.pack import blank_batch, pack, table_width, to_device
 from tokenry.runner.programs import Programs
 from tokenry.runner.requests import RequestState
 from tokenry.runner.results import Outcome, PartialStep
@@ -271,12 +271,13 @@ class ModelRunner:
         state = RequestState(new, self.block_size)
         most = self._caps.sample_max_top_k
         if most is not None and new.params.top_k > most:
-            state.refused = f"top_k {new.params.top_k}: this device draws from {most} at most."
+            text = f"top_k {new.params.top_k}: this device draws from {most} at most."
+            state.refused = Refusal(message=text, param="top_k")
         if new.params.logits_processor is not None:
             try:
                 state.processor = self._sampler.make_processor(new.params)
             except RequestError as error:
-                state.refused = error.message
+                state.refused = Refusal.of(error)
         return state
 
     def _take_lessons(self) -> None:
