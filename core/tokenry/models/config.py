@@ -22,9 +22,17 @@ UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 4096, "query_pre_attn_scalar": 256,
         "hidden_activation": "gelu_pytorch_tanh",
     },
-    "gemma2": {"head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256},
+    "gemma2": {
+        "head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gpt2": {"activation_function": "gelu_new"},
     "mistral": {"sliding_window": 4096},
-    "qwen3": {"head_dim": 128},
+    "mixtral": {"rope_theta": 1e6, "num_local_experts": 8},
+    "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3_moe": {"sliding_window": 4096, "moe_intermediate_size": 768},
 }  # fmt: skip
 """By model_type: values that published files leave out because they are transformers' defaults."""
 DTYPES = ("float32", "float16", "bfloat16")
@@ -61,6 +69,15 @@ class ModelConfig:
         value = self.raw.get(name)
         return default if value is None else value
 
+    def need(self, name: str) -> Any:
+        """A field of the file without which nothing can be computed. Raises ModelLoadError."""
+        if self.raw.get(name) is None:
+            raise ModelLoadError(
+                f"config.json of this {self.architecture} has no {name!r}.",
+                mend="download config.json again, or repair it",
+            )
+        return self.raw[name]
+
     @property
     def rope(self) -> Mapping[str, Any]:
         """`rope_parameters` as transformers 5 writes it, made of `rope_theta` and `rope_scaling` in
@@ -75,7 +92,9 @@ class ModelConfig:
                 "rope_theta": self.get("rope_theta", 10000.0),
                 **scaling,
             }
-        return dict(parameters)
+        rope = dict(parameters)
+        share = self.get("partial_rotary_factor")
+        return rope if share is None else {"partial_rotary_factor": share, **rope}
 
     def layer_types(self, default: str = "full_attention") -> tuple[str, ...]:
         """full_attention or sliding_attention, per layer."""

@@ -9,8 +9,9 @@ part has come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,15 +47,20 @@ class Loader:
         self.device = device
         self._where = where
         self._expected: dict[str, tuple[tuple[int, ...], Accept]] = {}
+        self._optional: set[str] = set()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Expected tensors."""
-        return {name: shape for name, (shape, _) in self._expected.items()}
+        """Tensors that must come."""
+        return {n: shape for n, (shape, _) in self._expected.items() if n not in self._optional}
 
-    def expect(self, name: str, shape: tuple[int, ...], accept: Accept) -> None:
-        """`accept` wants this tensor."""
+    def expect(
+        self, name: str, shape: tuple[int, ...], accept: Accept, *, optional: bool = False
+    ) -> None:
+        """`accept` wants this tensor; an optional one may stay away."""
         self._expected[name] = (shape, accept)
+        if optional:
+            self._optional.add(name)
 
     def load(self, weights: WeightIter, rename: Rename, ignorable: Callable[[str], bool]) -> None:
         """Deliver all tensors, each under the name(s) that `rename` gives it.
@@ -75,10 +81,11 @@ class Loader:
                         "of this architecture's.",
                         mend="are config.json and the weights of one model?",
                     )
-        if missing:
-            names = ", ".join(sorted(missing)[:3])
+        lacking = sorted(missing.keys() - self._optional)
+        if lacking:
+            names = ", ".join(lacking[:3])
             raise ModelLoadError(
-                f"{self._where('')} lacks {len(missing)} tensors, among them {names}.",
+                f"{self._where('')} lacks {len(lacking)} tensors, among them {names}.",
                 mend="are config.json and the weights of one model, and is the download complete?",
             )
 
@@ -190,8 +197,10 @@ class Embedding:
             listener(tensor)
 
     def tie(self, listener: Accept) -> None:
-        """Somebody else wants the same table."""
+        """Somebody else wants the same table, now if it is here already."""
         self._listeners.append(listener)
+        if self.weight.numel():
+            listener(self.weight)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """[T, size]."""
@@ -199,7 +208,9 @@ class Embedding:
 
 
 class LMHead:
-    """Logits of the wanted rows; its weight may be the embedding's."""
+    """Logits of the wanted rows; its weight may be the embedding's. If the file has one as well, it
+    must be the same: a model with another head under a tied config is not this model.
+    """
 
     def __init__(self, loader: Loader, size: int, vocab: int, *, tied: Embedding | None) -> None:
         self._op: Op = loader.ops.resolve(
@@ -212,8 +223,24 @@ class LMHead:
 
         if tied is None:
             loader.expect("lm_head.weight", (vocab, size), take)
-        else:
-            tied.tie(take)
+            return
+        pair: list[Tensor] = []
+
+        def compare(tensor: Tensor) -> None:
+            pair.append(tensor.cpu())
+            if len(pair) == 2 and not torch.equal(*pair):
+                raise ModelLoadError(
+                    "The checkpoint has an lm_head.weight that is not the embedding, config.json "
+                    "says that both are one (tie_word_embeddings).",
+                    mend='"tie_word_embeddings": false in config.json, if the head was trained',
+                )
+
+        def compare_head(tensor: Tensor) -> None:
+            tied.tie(compare)
+            compare(tensor)
+
+        tied.tie(take)
+        loader.expect("lm_head.weight", (vocab, size), compare_head, optional=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[R, vocab] float32."""
@@ -327,16 +354,28 @@ class GatedMlp:
         return self._out(self._op(self._in(x), self._kind))
 
 
-class PlainMlp:
-    """out(gelu_tanh(in(x))), with biases (GPT-2)."""
+PLAIN_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+"""Of an MLP without a gate, by the `act_mul` op's names."""
 
-    def __init__(self, loader: Loader, names: tuple[str, str], hidden: int, inner: int) -> None:
+
+class PlainMlp:
+    """out(act(in(x))), with biases (GPT-2). sizes: (hidden, inner)."""
+
+    def __init__(
+        self, loader: Loader, names: tuple[str, str], sizes: tuple[int, int], *, kind: str
+    ) -> None:
+        hidden, inner = sizes
+        self._act = PLAIN_ACTIVATIONS[kind]
         self._in = Linear(loader, [names[0]], [inner], hidden, bias=True)
         self._out = Linear(loader, [names[1]], [hidden], inner, bias=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden]."""
-        return self._out(functional.gelu(self._in(x), approximate="tanh"))
+        return self._out(self._act(self._in(x)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

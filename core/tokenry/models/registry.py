@@ -19,6 +19,7 @@ from tokenry.backend.ops import OpTable
 from tokenry.errors import ModelLoadError
 from tokenry.models.config import ModelConfig, read_config
 from tokenry.models.decoder import Decoder, DecoderPlan, decoder_step
+from tokenry.models.foreign import check_fields
 from tokenry.models.layers import Loader
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
 
@@ -137,9 +138,10 @@ def load_spec(
         return load_fallback(
             path, model, dtype=dtype, max_model_len=length, dummy=dummy, trust=trust_remote_code
         )
+    notes = check_fields(model)
     module, function = entry.split(":")
     plan = getattr(importlib.import_module(f"tokenry.models.families.{module}"), function)(model)
-    notes = _check_length(model, length, learned=plan.positions is not None)
+    notes += _check_length(model, length, learned=plan.positions is not None)
     if model.raw.get("vision_config"):
         notes += (f"{model.architecture} is served as a text model, without images",)
     return NativeSpec(

@@ -66,7 +66,7 @@ def _plan(config: ModelConfig, kinds: list[str], *, qk_norm: str) -> DecoderPlan
     )
     return DecoderPlan(
         layers=layers,
-        act=activation_of(config),
+        act=activation_of(config, "hidden_activation"),
         norm="rms_plus_one",
         norm_eps=config.get("rms_norm_eps", 1e-6),
         norms=SANDWICH,

@@ -9,9 +9,8 @@ from tokenry.models.decoder import DecoderPlan, LayerPlan, activation_of, attent
 def plan(config: ModelConfig) -> DecoderPlan:
     """Pre-norm, rotary, gated SiLU."""
     bias = bool(config.get("attention_bias", False))
-    attention = attention_of(
-        config, window=config.get("sliding_window"), qkv_bias=bias, out_bias=bias
-    )
+    window = config.get("sliding_window") if config.architecture == "MistralForCausalLM" else None
+    attention = attention_of(config, window=window, qkv_bias=bias, out_bias=bias)
     return DecoderPlan(
         layers=(LayerPlan(attention=attention, rope=config.rope),) * config.num_layers,
         act=activation_of(config),

@@ -13,7 +13,7 @@ def plan(config: ModelConfig) -> DecoderPlan:
         attention=attention_of(config, window=config.get("sliding_window")),
         rope=config.rope,
         moe=MoePlan(
-            num_experts=config.raw["num_local_experts"],
+            num_experts=config.need("num_local_experts"),
             top_k=config.get("num_experts_per_tok", 2),
             inner=config.intermediate_size,
             renormalize=True,

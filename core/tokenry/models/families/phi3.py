@@ -21,13 +21,8 @@ def plan(config: ModelConfig) -> DecoderPlan:
 
 
 def _rope(config: ModelConfig) -> Mapping[str, Any]:
-    """The length that longrope was trained at, and the rotated share, may stand beside the rope
-    parameters.
-    """
-    outer = {
-        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
-        "original_max_position_embeddings": config.get("original_max_position_embeddings"),
-    }
+    """The length that longrope was trained at may stand beside the rope parameters."""
+    outer = {"original_max_position_embeddings": config.get("original_max_position_embeddings")}
     rope = {**outer, **config.rope}
     if rope["rope_type"] == "su":
         rope["rope_type"] = "longrope"

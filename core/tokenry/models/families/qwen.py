@@ -46,6 +46,8 @@ def _plan(config: ModelConfig, **attention: Any) -> DecoderPlan:
 
 def _layer_types(config: ModelConfig) -> tuple[str, ...]:
     """Older files have max_window_layers: the layers from there on slide."""
+    if config.architecture == "Qwen3MoeForCausalLM":  # every layer slides, or none
+        return ("sliding_attention",) * config.num_layers
     if config.get("layer_types"):
         return config.layer_types()
     first = config.get("max_window_layers", config.num_layers)
@@ -62,6 +64,6 @@ def _moe(config: ModelConfig, layer: int) -> MoePlan | None:
     return MoePlan(
         num_experts=num_experts,
         top_k=config.get("num_experts_per_tok", 8),
-        inner=config.raw["moe_intermediate_size"],
+        inner=config.need("moe_intermediate_size"),
         renormalize=bool(config.get("norm_topk_prob", False)),
     )
