@@ -170,7 +170,8 @@ class Backend:
 
     def fetch(self, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
         """Start copying to the host; the returned function waits and gives numpy arrays."""
-        copies = [t.detach().to("cpu", non_blocking=True) for t in tensors]
+        # copy: on the host, `to` would give the tensor itself, which the next step may overwrite
+        copies = [t.detach().to("cpu", non_blocking=True, copy=True) for t in tensors]
 
         def wait() -> list[NDArray[Any]]:
             self.synchronize()
