@@ -17,6 +17,7 @@ from tokenry.backend.discovery import choose, discover, open_backend
 from tokenry.config import Change, EngineConfig, apply_changes
 from tokenry.engine.core import EngineCore
 from tokenry.engine.limits import EngineLimits
+from tokenry.errors import ConfigError
 from tokenry.hub import find_model
 from tokenry.messages import Ready, Stats
 from tokenry.models.config import read_config
@@ -62,15 +63,26 @@ def assemble(
     progress: Progress = lambda phase, share: None,
     *,
     logits_processors: Mapping[str, ProcessorFactory] | None = None,
+    compile_only: bool = False,
 ) -> Assembled:
     """Find the model and the device, load, plan memory, warm up. Raises TokenryError with the
     mend.
+
+    compile_only: for the programs that a backend keeps between starts; the device may be absent,
+    and nothing can be served then.
     """
     path = find_model(config.model, config.revision)
     checkpoint = read_config(path)
     progress("opening device", 0.0)
-    device = choose(discover(config.backend), config.backend, index=config.device_index)
+    device = choose(
+        discover(config.backend),
+        config.backend,
+        index=config.device_index,
+        compile_only=compile_only,
+    )
     backend = open_backend(device, config.backend_options)
+    if compile_only and backend.caps.graphs != "aot":
+        raise ConfigError(f"The {device.backend} backend does not compile ahead of time.")
     changes = _changes(config, backend.caps)
     config = apply_changes(config, changes)
     spec = load_spec(

@@ -1,4 +1,4 @@
-"""The command line: serve, generate, chat, devices, bench, version.
+"""The command line: serve, generate, chat, devices, compile, bench, version.
 
 In: argv, a YAML file, TOKENRY_* variables. Out: an exit code: 0, 1 (it failed) or 2 (it was called
 wrongly). An error is one cause and its mend on stderr. Each command imports what it needs when it
@@ -212,6 +212,28 @@ def _devices(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compile_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="directory, hub id or installed model ('demo')")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
+    add_arguments(parser, EngineConfig, skip=("model",))
+    parser.set_defaults(run=_compile)
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from tokenry.assemble import assemble
+
+    def show(phase: str, share: float) -> None:
+        print(f"{phase} {share:.0%}", file=sys.stderr)
+
+    ready = assemble(_config(EngineConfig, args), show, compile_only=True)
+    programs = ready.engine.stats().programs
+    print(
+        f"{programs} programs of {ready.ready.architecture} ({ready.ready.dtype}) for "
+        f"{ready.ready.backend} with {ready.ready.num_blocks} KV blocks are compiled"
+    )
+    return 0
+
+
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     from importlib import import_module
 
@@ -234,6 +256,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "generate": ("continue prompts here, without a server", _generate_options),
     "chat": ("talk with a server, or with a model started here", _chat_options),
     "devices": ("which backends and devices there are, and why not others", _devices_options),
+    "compile": ("fill a backend's cache of programs, also without its device", _compile_options),
     "bench": ("measure", _bench_options),
     "version": ("print the version", _version_options),
 }

@@ -62,9 +62,17 @@ def discover(only: str | None = None) -> list[Probe]:
 
 
 def choose(
-    probes: Sequence[Probe], wanted: str | None, *, index: int = 0, root: Path = Path("/")
+    probes: Sequence[Probe],
+    wanted: str | None,
+    *,
+    index: int = 0,
+    root: Path = Path("/"),
+    compile_only: bool = False,
 ) -> DeviceRef:
     """The device to open: the one named `wanted`, else the one with the highest score.
+
+    compile_only: where `wanted` is installed but its device is not here, a DeviceRef of score 0
+    stands for it: its programs can be compiled, none can run.
 
     Raises NoBackend, with the table, when none can run, when two are equal, or when only the CPU is
     left although a device node says that an accelerator is here (`wanted="cpu"` says that it is
@@ -74,6 +82,10 @@ def choose(
         return DeviceRef(backend=wanted, index=index, name="simulator", score=0)
     rows = [p for p in probes if wanted is None or p.backend == wanted]
     found = [p.device for p in rows if p.state == "usable" and p.device is not None]
+    if not found and compile_only and any(p.state == "unusable" for p in rows) and wanted:
+        return DeviceRef(
+            backend=wanted, index=index, name="no device", score=0, why="for compiling only"
+        )
     if not found:
         what = "no installed backend can" if wanted is None else f"the backend {wanted!r} cannot"
         raise NoBackend(f"{what} run here.\n{table([*rows, *absent(probes, wanted)])}")
