@@ -1,14 +1,18 @@
-"""The CPU as a device: memory is what the control group leaves, kernels are in `ops.py`."""
+"""The CPU as a device: memory is what the control group leaves, kernels are in
+`native_ops.py` or, where those could not be built, `torch_ops.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import mmap
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -17,8 +21,15 @@ from numpy.typing import NDArray
 from tokenry.backend.base import KV, Backend, Op
 from tokenry.backend.contract import Caps, HostBatch, KVPlan, KVSpec, MemoryInfo
 from tokenry.errors import ConfigError, DeviceOOM
+from tokenry_cpu import native, native_ops, torch_ops
 from tokenry_cpu.memory import cpu_quota, read_memory, read_peak, reset_peak
-from tokenry_cpu.ops import cpu_ops, plan_rows
+
+log = logging.getLogger("tokenry.cpu")
+NOT_BUILT = (
+    "tokenry-cpu was installed without its native kernels (no C++ compiler was found then): plain "
+    "torch computes instead, more slowly. Install a compiler, then reinstall tokenry-cpu."
+)
+KERNELS = ("auto", "native", "torch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,28 +37,36 @@ class CpuOptions:
     """`--backend-option` of this backend.
 
     threads   threads of one op; 0: as many as this process may run on (affinity and control group).
+    kernels   native | torch; auto: the native ones where they were built
+    isa       instruction set of the native kernels, as `native.isas()` names them; empty: the best
     """
 
     threads: int = 0
+    kernels: str = "auto"
+    isa: str = ""
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> CpuOptions:
         """Options from strings. Raises ConfigError for a name or a value that is none."""
         known = {f.name for f in fields(cls)}
-        values: dict[str, int] = {}
-        for key, value in options.items():
+        for key in options:
             if key not in known:
                 raise ConfigError(
                     f"The cpu backend has no option {key!r}, it has {', '.join(sorted(known))}.",
                     mend="--backend-option threads=N",
                 )
-            if not value.isdecimal() or int(value) < 1:
-                raise ConfigError(
-                    f"--backend-option {key}={value}: not a whole number of at least 1.",
-                    mend=f"--backend-option {key}=4",
-                )
-            values[key] = int(value)
-        return cls(**values)
+        threads, kernels = options.get("threads", "0"), options.get("kernels", "auto")
+        if "threads" in options and not (threads.isdecimal() and int(threads) >= 1):
+            raise ConfigError(
+                f"--backend-option threads={threads}: not a whole number of at least 1.",
+                mend="--backend-option threads=4",
+            )
+        if kernels not in KERNELS:
+            raise ConfigError(
+                f"--backend-option kernels={kernels}: it is one of {', '.join(KERNELS)}.",
+                mend="--backend-option kernels=auto",
+            )
+        return cls(threads=int(threads), kernels=kernels, isa=options.get("isa", ""))
 
 
 class CpuBackend(Backend):
@@ -56,20 +75,24 @@ class CpuBackend(Backend):
     caps = Caps(
         dtypes=("float32", "bfloat16", "float16"),
         block_sizes=(16, 32, 64, 128),
-        batch_invariant=True,
     )
 
     def __init__(self, options: CpuOptions, root: Path = Path("/")) -> None:
         self._root = root
-        torch.set_num_threads(options.threads or usable_threads(root))
+        threads = options.threads or usable_threads(root)
+        torch.set_num_threads(threads)
+        self._kernels: ModuleType = pick_kernels(options)
+        if self._kernels is native_ops:
+            native.set_threads(threads)
+            # plain torch comes close, but its error function (gelu) and its threads' shares do not
+            self.caps = replace(self.caps, batch_invariant=True)
 
     def memory(self) -> MemoryInfo:
         """Bytes of the tightest control group, or of the machine."""
         return read_memory(self._root)
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
-        """Per layer [num_blocks, 2, KH, block_size, D], zeroed: a head's share of a block is one
-        copy.
+        """Zeroed KV, laid out as the kernels want it (`kv_shape`), a tensor per layer.
 
         The pages come from the kernel as zeros when a block is first written: clearing gigabytes
         here would be most of the start-up. Raises DeviceOOM: the kernel would grant the memory now
@@ -82,7 +105,7 @@ class CpuBackend(Backend):
                 f"{free / 2**30:.2f} GiB is free.",
                 mend="--memory-fraction or --max-model-len lower",
             )
-        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        shape = self._kernels.kv_shape(spec, num_blocks)
         dtype = getattr(torch, spec.dtype)
         return [lazy_zeros(shape, dtype) for _ in range(spec.num_layers)]
 
@@ -104,12 +127,34 @@ class CpuBackend(Backend):
         )
 
     def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:
-        """Which rows attention takes together."""
-        return plan_rows(host)
+        """Which rows attention takes together; the native kernels read the batch as it is."""
+        return torch_ops.plan_rows(host) if self._kernels is torch_ops else {}
 
     def ops(self) -> Mapping[str, Op]:
         """Kernels whose rows do not depend on the batch."""
-        return cpu_ops()
+        ops: Mapping[str, Op] = self._kernels.ops()
+        return ops
+
+
+def pick_kernels(options: CpuOptions) -> ModuleType:
+    """The module whose kernels run. Raises ConfigError where the options cannot be met."""
+    if options.kernels == "torch" or (options.kernels == "auto" and not native.built()):
+        if options.isa:
+            raise ConfigError(
+                f"--backend-option isa={options.isa} is for the native kernels.",
+                mend="leave it out, or --backend-option kernels=native",
+            )
+        if options.kernels == "auto":
+            log.warning("%s", NOT_BUILT)
+        return torch_ops
+    if not native.built():
+        raise ConfigError(NOT_BUILT, mend="--backend-option kernels=torch")
+    if options.isa and not native.set_isa(options.isa):
+        raise ConfigError(
+            f"--backend-option isa={options.isa}: this machine runs {', '.join(native.isas())}.",
+            mend=f"--backend-option isa={native.isas()[0]}",
+        )
+    return native_ops
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

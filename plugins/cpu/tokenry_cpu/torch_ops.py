@@ -1,5 +1,5 @@
-"""Kernels of the CPU whose rows do not depend on the batch: alone or among others, whole or in
-chunks, the same bits.
+"""Kernels in plain torch, for where the native ones could not be built. Their rows do not
+depend on the batch: alone or among others, whole or in chunks, the same bits.
 
 In: tensors in host memory. Out: the same as the reference ops, by three rules, each tested bit for
 bit.
@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenry.backend.base import Op, StepBatch
-from tokenry.backend.contract import HostBatch
-from tokenry.backend.reference import ActMul, ReferenceOp, RmsNorm, Rope, Sample, activation, route
+from tokenry.backend.contract import HostBatch, KVSpec
+from tokenry.backend.reference import ActMul, ReferenceOp, RmsNorm, Rope, Sample
+from tokenry_cpu.moe import RowMoe
 
 CHUNK = 128
 """Keys per partial sum of values, a multiple of every block size."""
@@ -43,15 +44,16 @@ products.
 ROW_COUNTS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-def cpu_ops() -> Mapping[str, Op]:
+def ops() -> Mapping[str, Op]:
     """The kernels by name; plain torch is the CPU's own where it already works row by row."""
+    linear = PackedLinear()
     return {
         "attention": PagedAttention(),
-        "linear": PackedLinear(),
+        "linear": linear,
         "rms_norm": RmsNorm(),
         "rope": RowRope(),
         "act_mul": ActMul(),
-        "moe": PackedMoe(),
+        "moe": RowMoe(linear),
         "sample": Sample(),
     }
 
@@ -106,41 +108,6 @@ def _has_products(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-class PackedMoe(ReferenceOp):
-    """Mixture of experts: each expert computes the rows that chose it."""
-
-    def __init__(self) -> None:
-        self._linear = PackedLinear()
-
-    def pack(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Each expert's two weights, packed."""
-        return {
-            name: [self._linear.pack({"weight": expert}) for expert in weights[name].unbind(0)]
-            for name in ("w13", "w2")
-        }
-
-    def __call__(
-        self,
-        x: Tensor,
-        router_logits: Tensor,
-        weights: Mapping[str, Any],
-        *,
-        top_k: int,
-        renormalize: bool,
-        kind: str,
-    ) -> Tensor:
-        """[T, E]; the experts of a row are added in the order of their numbers."""
-        gates = route(router_logits, top_k, renormalize)
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        for expert in gates.any(0).nonzero()[:, 0].tolist():
-            rows = gates[:, expert].nonzero()[:, 0]
-            gate, up = self._linear(x[rows], weights["w13"][expert]).float().chunk(2, dim=-1)
-            hidden = (activation(gate, kind) * up).to(x.dtype)
-            y = self._linear(hidden, weights["w2"][expert]).float()
-            out[rows] += y * gates[rows, expert, None]
-        return out.to(x.dtype)
-
-
 # ---- rope -------------------------------------------------------------------------
 
 
@@ -176,6 +143,11 @@ class Rule:
     scale: float
     window: int | None
     softcap: float | None
+
+
+def kv_shape(spec: KVSpec, num_blocks: int) -> tuple[int, ...]:
+    """One layer's KV: a head's share of a block is one copy."""
+    return (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
 
 
 def plan_rows(host: HostBatch | StepBatch) -> dict[str, NDArray[np.int32]]:

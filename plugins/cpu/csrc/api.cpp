@@ -1,0 +1,358 @@
+// The C interface that tokenry_cpu/native.py calls: packing of weights, one function per op, the
+// choice of the instruction set. Pointers are to contiguous rows unless a stride is given; nothing
+// here checks shapes, native.py does.
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace tokenry {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool usable;
+};
+
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> all = [] {
+    std::vector<Candidate> list;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
+    list.push_back({&kVnniKernels, avx512 && __builtin_cpu_supports("avx512vnni")});
+    list.push_back({&kAvx512Kernels, avx512});
+    list.push_back({&kAvx2Kernels, avx2});
+#endif
+    list.push_back({&kPlainKernels, true});
+    return list;
+  }();
+  return all;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load(std::memory_order_acquire);
+  if (now) return *now;
+  for (const Candidate& c : candidates()) {
+    if (c.usable) {
+      chosen.store(c.kernels, std::memory_order_release);
+      return *c.kernels;
+    }
+  }
+  std::abort();  // the plain kernels are always usable
+}
+
+// Memory in pages of its own (huge where the kernel has them); null if there is none.
+void* pages(int64_t bytes) {
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) return nullptr;
+#if defined(MADV_HUGEPAGE)
+  madvise(at, bytes, MADV_HUGEPAGE);
+#endif
+  return at;
+}
+
+int64_t value_bytes(int32_t format, int64_t values) {
+  switch (format) {
+    case kF32: return values * 4;
+    case kBF16:
+    case kF16: return values * 2;
+    case kInt8: return values;
+    default: return values / 2;
+  }
+}
+
+int64_t scale_count(const Weight& w) {
+  if (w.format == kInt8) return w.panels * kPanel;
+  if (w.format == kInt4) return w.panels * kPanel * (w.depth / kGroup);
+  return 0;
+}
+
+int64_t weight_bytes(const Weight& w) {
+  return value_bytes(w.format, w.panels * kPanel * w.depth) + scale_count(w) * 4;
+}
+
+// Source rows as they come: float32 values, or 16-bit ones whose bits are kept.
+template <class T>
+void pack_values(const Weight& w, const T* source, int64_t panel) {
+  T* to = static_cast<T*>(w.data) + panel * w.depth * kPanel;
+  for (int64_t i = 0; i < kPanel && panel * kPanel + i < w.n; i++) {
+    const T* row = source + (panel * kPanel + i) * w.k;
+    for (int64_t d = 0; d < w.k; d++) to[d * kPanel + i] = row[d];
+  }
+}
+
+void pack_int8(const Weight& w, const float* source, int64_t panel) {
+  uint8_t* to = static_cast<uint8_t*>(w.data) + panel * w.depth * kPanel;
+  memset(to, 128, w.depth * kPanel);
+  for (int64_t i = 0; i < kPanel && panel * kPanel + i < w.n; i++) {
+    const float* row = source + (panel * kPanel + i) * w.k;
+    float top = 0;
+    for (int64_t d = 0; d < w.k; d++) top = std::fmax(top, std::fabs(row[d]));
+    w.scales[panel * kPanel + i] = top / 127.0f;
+    const float inverse = top > 0 ? 127.0f / top : 0.0f;
+    for (int64_t d = 0; d < w.k; d++)
+      to[d / 4 * 4 * kPanel + i * 4 + d % 4] = uint8_t(std::lrintf(row[d] * inverse) + 128);
+  }
+}
+
+// The scale of a group of weights with the least squared error among some: one that maps the value
+// of largest magnitude to -8 (so that 16 levels are used), and others a little smaller or larger.
+float best_scale(const float* x, int64_t n) {
+  float top = 0, at = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (std::fabs(x[i]) > top) top = std::fabs(x[i]), at = x[i];
+  }
+  if (top == 0) return 0;
+  float best = 0, least = INFINITY;
+  for (int sign = -1; sign <= 1; sign += 2) {
+    for (int step = -7; step <= 7; step++) {
+      const float scale = sign * at / (8.0f + 0.15f * step), inverse = 1.0f / scale;
+      float dot = 0, norm = 0;
+      for (int64_t i = 0; i < n; i++) {
+        const float q = std::fmin(7.0f, std::fmax(-8.0f, std::nearbyintf(x[i] * inverse)));
+        dot += q * x[i];
+        norm += q * q;
+      }
+      // for these levels the best scale is dot / norm, its error |x|^2 - dot^2 / norm
+      if (norm > 0 && -dot * dot / norm < least) least = -dot * dot / norm, best = dot / norm;
+    }
+  }
+  return best;
+}
+
+void pack_int4(const Weight& w, const float* source, int64_t panel) {
+  const int64_t groups = w.depth / kGroup;
+  uint8_t* to = static_cast<uint8_t*>(w.data) + panel * w.depth * (kPanel / 2);
+  float* scales = w.scales + panel * groups * kPanel;
+  memset(to, 0x88, w.depth * (kPanel / 2));
+  for (int64_t i = 0; i < kPanel && panel * kPanel + i < w.n; i++) {
+    const float* row = source + (panel * kPanel + i) * w.k;
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t n = w.k - g * kGroup < kGroup ? w.k - g * kGroup : kGroup;
+      const float scale = best_scale(row + g * kGroup, n);
+      scales[g * kPanel + i] = scale;
+      for (int64_t d = 0; d < n && scale != 0; d++) {
+        const float q = std::nearbyintf(row[g * kGroup + d] / scale) + 8;
+        const uint8_t level = q < 0 ? 0 : q > 15 ? 15 : uint8_t(q);
+        uint8_t& byte = to[(g * 4 + d / 8) * kPanel * 4 + i * 4 + d % 4];
+        byte = d % 8 < 4 ? uint8_t((byte & 0xf0) | level) : uint8_t((byte & 0x0f) | level << 4);
+      }
+    }
+  }
+}
+
+// Packed activations of the calling thread; grows, never shrinks.
+struct Rows {
+  std::vector<char> data;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+};
+
+}  // namespace
+
+void* scratch(int64_t bytes) {
+  static thread_local std::vector<double> memory;
+  if (int64_t(memory.size()) * 8 < bytes) memory.resize(bytes / 8 + 1);
+  return memory.data();
+}
+
+}  // namespace tokenry
+
+using namespace tokenry;
+
+API const char* tk_isa() { return kernels().name; }
+
+// Takes the kernels of that name; 0 if this machine cannot run them or there are none.
+API int32_t tk_set_isa(const char* name) {
+  for (const Candidate& c : candidates()) {
+    if (c.usable && !strcmp(c.kernels->name, name)) {
+      chosen.store(c.kernels, std::memory_order_release);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+// Names of the usable instruction sets, best first, with blanks between.
+API const char* tk_isas() {
+  static const std::string names = [] {
+    std::string all;
+    for (const Candidate& c : candidates())
+      if (c.usable) all += (all.empty() ? "" : " ") + std::string(c.kernels->name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+API void tk_threads(int32_t count) { set_threads(count); }
+
+// A packed copy of source [n, k] (float32; 16-bit for the 16-bit formats), null without memory.
+API Weight* tk_pack(const void* source, const float* bias, int64_t n, int64_t k, int32_t format) {
+  Weight* w = new (std::nothrow) Weight{};
+  if (!w) return nullptr;
+  w->format = format;
+  w->n = n;
+  w->k = k;
+  w->bias = bias;
+  w->panels = (n + kPanel - 1) / kPanel;
+  const int64_t multiple = format == kInt8 ? 4 : format == kInt4 ? kGroup : 1;
+  w->depth = (k + multiple - 1) / multiple * multiple;
+  const int64_t bytes = weight_bytes(*w);
+  char* memory = static_cast<char*>(pages(bytes));
+  if (!memory) {
+    delete w;
+    return nullptr;
+  }
+  w->data = memory;
+  w->scales = reinterpret_cast<float*>(memory + bytes - scale_count(*w) * 4);
+  parallel(w->panels, [&](int64_t panel) {
+    switch (format) {
+      case kF32: return pack_values(*w, static_cast<const float*>(source), panel);
+      case kBF16:
+      case kF16: return pack_values(*w, static_cast<const uint16_t*>(source), panel);
+      case kInt8: return pack_int8(*w, static_cast<const float*>(source), panel);
+      default: return pack_int4(*w, static_cast<const float*>(source), panel);
+    }
+  });
+  return w;
+}
+
+API int64_t tk_bytes(const Weight* w) { return weight_bytes(*w); }
+
+API void tk_free(Weight* w) {
+  if (!w) return;
+  munmap(w->data, weight_bytes(*w));
+  delete w;
+}
+
+// y [rows, n] = x [rows, k] W^T + b; strides in floats.
+API void tk_linear(const Weight* weight, const float* x, int64_t x_stride, int64_t rows, float* y,
+                   int64_t y_stride) {
+  if (rows == 0) return;
+  const Weight& w = *weight;
+  const Kernels& isa = kernels();
+  static thread_local Rows held;
+  const int64_t tiles = (rows + isa.max_tile - 1) / isa.max_tile;
+  Packed packed{rows, (rows + tiles - 1) / tiles, nullptr, nullptr, nullptr};
+  const int64_t all = (rows + packed.tile - 1) / packed.tile;
+  if (w.format <= kF16 && rows == 1) {
+    packed.data = const_cast<float*>(x);  // one row is packed as it is
+  } else {
+    const int64_t values = all * packed.tile * w.depth;
+    const int64_t size = w.format <= kF16 ? values * 4 : values;
+    if (int64_t(held.data.size()) < size) held.data.resize(size);
+    packed.data = held.data.data();
+    if (w.format > kF16) {
+      const int64_t scales = all * packed.tile * (w.format == kInt4 ? w.depth / kGroup : 1);
+      if (int64_t(held.scales.size()) < scales) {
+        held.scales.resize(scales);
+        held.sums.resize(scales);
+      }
+      packed.scales = held.scales.data();
+      packed.sums = held.sums.data();
+    }
+    const auto pack = [&](int64_t tile) { isa.pack_rows(w, x, x_stride, packed, tile); };
+    if (all < 4) {
+      for (int64_t tile = 0; tile < all; tile++) pack(tile);
+    } else {
+      parallel(all, pack);
+    }
+  }
+  const int64_t per_block = kRowBlock / packed.tile > 0 ? kRowBlock / packed.tile : 1;
+  const int64_t blocks = (all + per_block - 1) / per_block;
+  parallel(blocks * w.panels, [&](int64_t unit) {
+    const int64_t block = unit / w.panels, from = block * per_block;
+    const int64_t to = from + per_block < all ? from + per_block : all;
+    isa.linear(w, packed, unit % w.panels, from, to, y, y_stride);
+  });
+}
+
+// Writes k and v to their slots, then attends; rows of requests without tokens are left alone.
+API void tk_attention(const Attention* attention) {
+  const Attention& a = *attention;
+  const Kernels& isa = kernels();
+  parallel(a.tokens, [&](int64_t token) {
+    for (int64_t head = 0; head < a.kv_heads; head++) isa.write_kv(a, token, head);
+  });
+  struct Unit {
+    int32_t request, first, count;
+  };
+  static thread_local std::vector<Unit> units;
+  units.clear();
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t per_tile = kRowBlock / group > 0 ? kRowBlock / group : 1;
+  for (int64_t r = 0; r < a.requests; r++) {
+    // the last queries of a prompt see the most keys: they go first
+    const int64_t count = a.q_lens[r], tiles = (count + per_tile - 1) / per_tile;
+    for (int64_t t = tiles - 1; t >= 0; t--) {
+      const int64_t first = t * per_tile;
+      const int64_t here = count - first < per_tile ? count - first : per_tile;
+      units.push_back({int32_t(r), int32_t(first), int32_t(here)});
+    }
+  }
+  const Unit* all = units.data();
+  parallel(int64_t(units.size()) * a.kv_heads, [&](int64_t i) {
+    const Unit& unit = all[i / a.kv_heads];
+    isa.attend(a, unit.request, unit.first, unit.count, i % a.kv_heads);
+  });
+}
+
+// Rows of `inner` neighbours each: row r is at (r / inner) * stride + r % inner * size.
+API void tk_rms_norm(const float* x, int64_t stride, int64_t inner, const float* residual,
+                     const float* weight, float eps, int64_t rows, int64_t size, float* y,
+                     float* total) {
+  const Kernels& isa = kernels();
+  const int64_t chunk = 1 + 16384 / size, chunks = (rows + chunk - 1) / chunk;
+  parallel(chunks, [&](int64_t c) {
+    for (int64_t r = c * chunk; r < rows && r < (c + 1) * chunk; r++)
+      isa.rms_norm(x + r / inner * stride + r % inner * size,
+                   residual ? residual + r * size : nullptr, weight, eps, size, y + r * size,
+                   total ? total + r * size : nullptr);
+  });
+}
+
+// table [positions, 2, half]: cosines, sines.
+API void tk_rope(const float* q, int64_t q_stride, int64_t heads, const float* k, int64_t k_stride,
+                 int64_t kv_heads, int64_t tokens, int64_t head_dim, const int32_t* positions,
+                 const float* table, int64_t half, float* q_out, float* k_out) {
+  const Kernels& isa = kernels();
+  const int64_t chunk = 1 + 8192 / ((heads + kv_heads) * head_dim);
+  parallel((tokens + chunk - 1) / chunk, [&](int64_t c) {
+    for (int64_t t = c * chunk; t < tokens && t < (c + 1) * chunk; t++) {
+      const float* cos = table + positions[t] * 2 * half;
+      for (int64_t h = 0; h < heads; h++)
+        isa.rope(q + t * q_stride + h * head_dim, cos, cos + half, half, head_dim,
+                 q_out + (t * heads + h) * head_dim);
+      for (int64_t h = 0; h < kv_heads; h++)
+        isa.rope(k + t * k_stride + h * head_dim, cos, cos + half, half, head_dim,
+                 k_out + (t * kv_heads + h) * head_dim);
+    }
+  });
+}
+
+// y [rows, size] = kind(x[:, :size]) * x[:, size:]
+API void tk_act_mul(const float* x, int64_t rows, int64_t size, int32_t kind, float* y) {
+  const Kernels& isa = kernels();
+  const int64_t chunk = 1 + 8192 / size;
+  parallel((rows + chunk - 1) / chunk, [&](int64_t c) {
+    for (int64_t r = c * chunk; r < rows && r < (c + 1) * chunk; r++)
+      isa.act_mul(x + r * 2 * size, x + r * 2 * size + size, size, kind, y + r * size);
+  });
+}

@@ -1,0 +1,81 @@
+// What the kernels of one instruction set are, as a table that api.cpp picks from at run time.
+#pragma once
+#include <cstdint>
+
+namespace tokenry {
+
+// Weights lie in panels of this many outputs, whatever the instruction set.
+constexpr int64_t kPanel = 32;
+// Inputs of a 4-bit group that share a scale.
+constexpr int64_t kGroup = 32;
+// Inputs summed before the sum is added to the output.
+constexpr int64_t kDepth = 512;
+// Rows of activations worked on together while a panel is in the cache.
+constexpr int64_t kRowBlock = 96;
+// Keys of one partial softmax; a multiple of every block size up to it.
+constexpr int64_t kKeys = 128;
+
+enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4 };
+
+// A packed weight [n, k] with panels of kPanel outputs:
+//   float formats  [panels][k][kPanel]
+//   int8           [panels][k/4][kPanel][4] unsigned (value + 128), scales [panels * kPanel]
+//   int4           [panels][k/32][4][kPanel][4] bytes: low nibble input j, high nibble input j + 4
+//                  of each 8 (value + 8), scales [panels][k/32][kPanel]
+// n and k are padded with zeros to whole panels and groups.
+struct Weight {
+  int32_t format;
+  int64_t n, k, panels, depth;  // depth: k padded
+  void* data;
+  float* scales;
+  const float* bias;  // [n] or null
+};
+
+// Activations as the kernels read them: tiles of equally many rows (the last may have fewer).
+struct Packed {
+  int64_t rows, tile;  // rows in all, rows of a tile
+  void* data;          // float: [tiles][k][tile]; int8: [tiles][k/4][tile][4]
+  float* scales;       // int8: [rows]; int4: [tiles][k/32][tile]
+  int32_t* sums;       // sums of the quantised values, shaped like scales
+};
+
+struct Attention {
+  const float *q, *k, *v;  // rows of T tokens, strides in floats
+  int64_t q_stride, k_stride, v_stride;
+  void* kv;  // [blocks][KH][2][...]: keys [head_dim][block_size], values [block_size][head_dim]
+  float* out;  // [T, heads * head_dim]
+  const int32_t *q_start, *q_lens, *seq_lens, *block_table, *slots;
+  int64_t tokens, requests, table_width, heads, kv_heads, head_dim, block_size;
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
+  int32_t format;        // of the KV: kF32, kBF16 or kF16
+};
+
+// Memory of the calling thread, good until its next call. (The files of one instruction set use no
+// template or inline function of the standard library: the linker would merge them across sets.)
+void* scratch(int64_t bytes);
+
+struct Kernels {
+  const char* name;
+  int max_tile;  // rows of activations in one tile
+  void (*pack_rows)(const Weight&, const float* x, int64_t stride, Packed&, int64_t tile);
+  // One panel of outputs for the rows of tiles [from, to).
+  void (*linear)(const Weight&, const Packed&, int64_t panel, int64_t from, int64_t to, float* y,
+                 int64_t stride);
+  void (*write_kv)(const Attention&, int64_t token, int64_t head);
+  // Queries [first, first + count) of a request, those that share one KV head.
+  void (*attend)(const Attention&, int64_t request, int64_t first, int64_t count, int64_t kv_head);
+  void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps,
+                   int64_t size, float* y, float* total);
+  void (*rope)(const float* x, const float* cos, const float* sin, int64_t half, int64_t head_dim,
+               float* y);
+  void (*act_mul)(const float* gate, const float* up, int64_t size, int32_t kind, float* y);
+};
+
+// The instruction sets that this binary has, best first; `usable` says what this machine can run.
+extern const Kernels kPlainKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels;
+#endif
+
+}  // namespace tokenry

@@ -1,0 +1,255 @@
+// y = x W^T + b. Each output is the sum over its inputs in one fixed order (kDepth by kDepth, in a
+// block one after the other), whatever the number of rows: the same bits alone or among others.
+namespace tokenry::NS {
+
+constexpr int NV = kPanel / LANES;
+
+// total[m][v] = sum over d of x(d, m) * w[d][v], with x(d, m) = x[d * XD + m * XM] and w's row d at
+// w + d * kPanel.
+template <int M, int XD, int XM, class W>
+INLINE void product(const float* x, const W* w, int64_t depth, vf (&total)[M][NV]) {
+  vf acc[M][NV];  // of our own: through the reference each sum would be stored in each turn
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[m][v] = vf{};
+  for (int64_t d = 0; d < depth; d++) {
+    vf row[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) row[v] = load(w + d * kPanel + v * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[m][v] += x[d * XD + m * XM] * row[v];
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) total[m][v] = acc[m][v];
+}
+
+// One tile of M rows against one panel.
+template <int M, class W>
+void float_tile(const float* x, const W* w, int64_t k, vf (&total)[M][NV]) {
+  product<M, M, 1>(x, w, k < kDepth ? k : kDepth, total);
+  for (int64_t d = kDepth; d < k; d += kDepth) {
+    vf part[M][NV];
+    product<M, M, 1>(x + d * M, w + d * kPanel, k - d < kDepth ? k - d : kDepth, part);
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < NV; v++) total[m][v] += part[m][v];
+  }
+}
+
+template <int M>
+void int8_tile(const Packed& x, const Weight& w, int64_t panel, int64_t at, const int8_t* rows,
+               vf (&total)[M][NV]) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(w.data) + panel * w.depth * kPanel;
+  vi acc[M][NV];
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < NV; v++) acc[m][v] = splat(-128 * x.sums[at + m]);
+  for (int64_t d = 0; d < w.depth; d += 4) {
+    vb row[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++)
+      row[v] = *reinterpret_cast<const vb_any*>(bytes + d * kPanel + v * LANES * 4);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      int32_t four;
+      memcpy(&four, rows + d * M + m * 4, 4);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[m][v] = dot4(acc[m][v], row[v], four);
+    }
+  }
+  const float* scales = w.scales + panel * kPanel;
+  for (int v = 0; v < NV; v++) {
+    vf scale = load(scales + v * LANES);
+    for (int m = 0; m < M; m++)
+      total[m][v] = __builtin_convertvector(acc[m][v], vf) * (scale * x.scales[at + m]);
+  }
+}
+
+template <int M>
+void int4_tile(const Packed& x, const Weight& w, int64_t panel, int64_t tile, const int8_t* rows,
+               vf (&total)[M][NV]) {
+  const int64_t groups = w.depth / kGroup;
+  const uint8_t* bytes =
+      static_cast<const uint8_t*>(w.data) + panel * w.depth * (kPanel / 2);
+  const float* scales = w.scales + panel * groups * kPanel;
+  const float* x_scales = x.scales + tile * groups * x.tile;
+  const int32_t* x_sums = x.sums + tile * groups * x.tile;
+  vf all[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) all[m][v] = vf{};
+  for (int64_t g = 0; g < groups; g++) {
+    vi acc[M][NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[m][v] = splat(-8 * x_sums[g * M + m]);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const uint8_t* pair = bytes + (g * 4 + j) * kPanel * 4;
+      const int8_t* at = rows + (g * kGroup + j * 8) * M;
+      vb low[NV], high[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) {
+        vb raw = *reinterpret_cast<const vb_any*>(pair + v * LANES * 4);
+        low[v] = raw & 0xf;
+        high[v] = (vb)((vu)raw >> 4) & 0xf;
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        int32_t first, second;
+        memcpy(&first, at + m * 4, 4);
+        memcpy(&second, at + (M + m) * 4, 4);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++)
+          acc[m][v] = dot4(dot4(acc[m][v], low[v], first), high[v], second);
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) {
+      vf scale = load(scales + g * kPanel + v * LANES);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++)
+        all[m][v] += __builtin_convertvector(acc[m][v], vf) * (scale * x_scales[g * M + m]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) total[m][v] = all[m][v];
+}
+
+template <int M>
+void one_tile(const Weight& w, const Packed& x, int64_t panel, int64_t tile, float* y,
+              int64_t stride) {
+  vf total[M][NV];
+  const int64_t at = tile * x.tile;
+  const float* floats = static_cast<const float*>(x.data) + at * w.depth;
+  const int8_t* bytes = static_cast<const int8_t*>(x.data) + at * w.depth;
+  const int64_t from = panel * w.depth * kPanel;
+  switch (w.format) {
+    case kF32:
+      float_tile<M>(floats, static_cast<const float*>(w.data) + from, w.depth, total);
+      break;
+    case kBF16:
+      float_tile<M>(floats, static_cast<const bf16*>(w.data) + from, w.depth, total);
+      break;
+    case kF16:
+      float_tile<M>(floats, static_cast<const f16*>(w.data) + from, w.depth, total);
+      break;
+    case kInt8:
+      int8_tile<M>(x, w, panel, at, bytes, total);
+      break;
+    default:
+      int4_tile<M>(x, w, panel, tile, bytes, total);
+  }
+  const int64_t first = panel * kPanel, count = w.n - first < kPanel ? w.n - first : kPanel;
+  for (int m = 0; m < M; m++) {
+    float* out = y + (at + m) * stride + first;
+    if (count == kPanel) {
+      for (int v = 0; v < NV; v++) {
+        vf value = total[m][v];
+        if (w.bias) value += load(w.bias + first + v * LANES);
+        store(out + v * LANES, value);
+      }
+    } else {
+      float line[kPanel];
+      for (int v = 0; v < NV; v++) store(line + v * LANES, total[m][v]);
+      for (int64_t i = 0; i < count; i++) out[i] = line[i] + (w.bias ? w.bias[first + i] : 0.0f);
+    }
+  }
+}
+
+template <int M>
+void tile_of(int64_t rows, const Weight& w, const Packed& x, int64_t panel, int64_t tile, float* y,
+             int64_t stride) {
+  if constexpr (M > 0) {
+    if (rows == M) return one_tile<M>(w, x, panel, tile, y, stride);
+    tile_of<M - 1>(rows, w, x, panel, tile, y, stride);
+  }
+}
+
+inline int64_t rows_of(const Packed& x, int64_t tile) {
+  int64_t left = x.rows - tile * x.tile;
+  return left < x.tile ? left : x.tile;
+}
+
+inline void linear(const Weight& w, const Packed& x, int64_t panel, int64_t from, int64_t to,
+                   float* y, int64_t stride) {
+  for (int64_t tile = from; tile < to; tile++)
+    tile_of<MAX_TILE>(rows_of(x, tile), w, x, panel, tile, y, stride);
+}
+
+// ---- activations ----
+
+// Quantises x[0, n) to [-127, 127] * scale, four neighbours to out[(d / 4) * 4 * rows]; what follows
+// up to `padded` is 0. A NaN or infinity becomes a NaN scale, so that it is seen in the output.
+inline void quantise(const float* x, int64_t n, int64_t padded, int64_t rows, int8_t* out,
+                     float* scale, int32_t* sum_out) {
+  typedef int8_t bytes_of __attribute__((vector_size(LANES)));
+  vf most{}, check{};
+  int64_t d = 0;
+  for (; d + LANES <= n; d += LANES) {
+    const vf v = load(x + d);
+    most = max(most, v < 0.0f ? -v : v);
+    check += v * 0.0f;
+  }
+  float line[LANES] = {};
+  for (int64_t i = d; i < n; i++) line[i - d] = x[i];
+  const vf rest = load(line);
+  most = max(most, rest < 0.0f ? -rest : rest);
+  check += rest * 0.0f;
+  const float top = largest(most);
+  const bool finite = sum(check) == 0.0f;
+  *scale = finite ? top / 127.0f : NAN;
+  const float inverse = finite && top > 0 ? 127.0f / top : 0.0f;
+  vi total{};
+  for (d = 0; d < padded; d += LANES) {
+    const vf v = d + LANES <= n ? load(x + d) : d < n ? rest : vf{};
+    // adding and taking away 1.5 * 2^23 rounds to the nearest whole number
+    const vf whole = (min(max(v * inverse, splat(-127.0f)), splat(127.0f)) + 12582912.0f) -
+                     12582912.0f;
+    const vi q = __builtin_convertvector(finite ? whole : vf{}, vi);
+    total += q;
+    const bytes_of narrowed = __builtin_convertvector(q, bytes_of);
+    int8_t here[LANES];
+    memcpy(here, &narrowed, LANES);
+    for (int i = 0; i < LANES && d + i < padded; i += 4)
+      memcpy(out + (d + i) * rows, here + i, 4);
+  }
+  int32_t all = 0;
+  for (int i = 0; i < LANES; i++) all += total[i];
+  *sum_out = all;
+}
+
+inline void pack_rows(const Weight& w, const float* x, int64_t stride, Packed& to, int64_t tile) {
+  const int64_t rows = rows_of(to, tile), at = tile * to.tile;
+  x += at * stride;
+  if (w.format <= kF16) {
+    float* out = static_cast<float*>(to.data) + at * w.depth;
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t d = 0; d < w.k; d++) out[d * rows + m] = x[m * stride + d];
+    return;
+  }
+  int8_t* out = static_cast<int8_t*>(to.data) + at * w.depth;
+  if (w.format == kInt8) {
+    for (int64_t m = 0; m < rows; m++)
+      quantise(x + m * stride, w.k, w.depth, rows, out + 4 * m, to.scales + at + m,
+               to.sums + at + m);
+    return;
+  }
+  const int64_t groups = w.depth / kGroup;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t from = g * kGroup, n = w.k - from < kGroup ? w.k - from : kGroup;
+    const int64_t row = tile * groups * to.tile + g * rows;
+    for (int64_t m = 0; m < rows; m++)
+      quantise(x + m * stride + from, n, kGroup, rows, out + from * rows + 4 * m,
+               to.scales + row + m, to.sums + row + m);
+  }
+}
+
+}  // namespace tokenry::NS

@@ -1,0 +1,175 @@
+// Vectors of LANES floats, written with the compiler's vector types: one source for every
+// instruction set. Included by each isa_*.cpp, which sets NS and LANES.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace tokenry::NS {
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint8_t vb __attribute__((vector_size(4 * LANES)));
+typedef float vf_any __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint8_t vb_any __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vi splat(int32_t x) { return x - vi{}; }
+
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+INLINE vf load(const bf16* p) {
+  vh_any raw = *reinterpret_cast<const vh_any*>(p);
+  return (vf)(__builtin_convertvector(raw, vu) << 16);
+}
+INLINE float one(float x) { return x; }
+INLINE float one(bf16 x) {
+  uint32_t bits = uint32_t{x.bits} << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+// IEEE half to single by integer arithmetic: subnormals are scaled up by a float multiplication.
+INLINE float one(f16 x) {
+  uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  float y;
+  if (magnitude >= 0x0f800000) {
+    magnitude += 0x70000000;
+    memcpy(&y, &magnitude, 4);
+  } else {
+    memcpy(&y, &magnitude, 4);
+    y *= 5.192296858534828e33f;  // 2^112
+  }
+  uint32_t bits;
+  memcpy(&bits, &y, 4);
+  bits |= sign;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+INLINE vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf y;
+  for (int i = 0; i < LANES; i++) y[i] = one(p[i]);
+  return y;
+#endif
+}
+INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+
+INLINE float narrow(float x, float*) { return x; }
+INLINE bf16 narrow(float x, bf16*) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+// Round to nearest, ties to even, through the float's own rounding at the half's precision.
+INLINE f16 narrow(float x, f16*) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  if (bits < 0x38800000) {
+    float y;
+    memcpy(&y, &bits, 4);
+    y += 0.5f;
+    memcpy(&bits, &y, 4);
+    return {uint16_t(sign | (bits - 0x3f000000))};
+  }
+  bits += 0xc8000fff + (bits >> 13 & 1);
+  return {uint16_t(sign | bits >> 13)};
+}
+
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+INLINE float sum(vf x) {
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += x[i];
+  return total;
+}
+INLINE float largest(vf x) {
+  float most = x[0];
+  for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+// e^x for x <= 88; 0 below -87; NaN of NaN. Argument reduction by ln 2 in two parts, then the Taylor series to
+// x^6 on |r| <= ln(2)/2: relative error below 2e-7 (tested against double).
+INLINE vf exp(vf x) {
+  vf n = x * 1.44269504088896341f;
+  n = (n + 12582912.0f) - 12582912.0f;  // rounds: 1.5 * 2^23
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.3888889e-3f);
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf y = p * (vf)power;
+  return x < -87.0f ? vf{} : y;
+}
+
+INLINE vf tanh(vf x) {
+  vf a = x < 0.0f ? -x : x;
+  vf e = exp(-2.0f * min(a, splat(40.0f)));
+  vf big = (1.0f - e) / (1.0f + e);
+  vf x2 = x * x;  // near 0 the quotient loses digits: the series instead
+  vf series = a * (1.0f + x2 * (-0.33333333f + x2 * (0.13333334f - x2 * 0.053968254f)));
+  vf y = a < 0.1f ? series : big;
+  return x < 0.0f ? -y : y;
+}
+
+// acc[i] += sum over j < 4 of u[4i+j] * s[j], u unsigned, s signed bytes: 4 products a lane.
+INLINE vi dot4(vi acc, vb u, int32_t s) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, _mm512_set1_epi32(s));
+#elif defined(__AVX512BW__)
+  __m512i word = _mm512_cvtepi8_epi16(_mm256_set1_epi32(s));
+  __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256((__m512i)u));
+  __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64((__m512i)u, 1));
+  low = _mm512_madd_epi16(low, word);
+  high = _mm512_madd_epi16(high, word);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return acc + (vi)_mm512_permutex2var_epi32(low, even, high) +
+         (vi)_mm512_permutex2var_epi32(low, odd, high);
+#elif defined(__AVX2__)
+  __m256i word = _mm256_cvtepi8_epi16(_mm_set1_epi32(s));
+  __m256i low = _mm256_cvtepu8_epi16(_mm256_castsi256_si128((__m256i)u));
+  __m256i high = _mm256_cvtepu8_epi16(_mm256_extracti128_si256((__m256i)u, 1));
+  // hadd works in halves of 128 bits; the permutation puts the lanes back in order
+  __m256i sums =
+      _mm256_hadd_epi32(_mm256_madd_epi16(low, word), _mm256_madd_epi16(high, word));
+  return acc + (vi)_mm256_permute4x64_epi64(sums, 0xd8);
+#else
+  const int8_t* t = reinterpret_cast<const int8_t*>(&s);
+  for (int i = 0; i < LANES; i++) {
+    acc[i] += u[4 * i] * t[0] + u[4 * i + 1] * t[1] + u[4 * i + 2] * t[2] + u[4 * i + 3] * t[3];
+  }
+  return acc;
+#endif
+}
+
+}  // namespace tokenry::NS

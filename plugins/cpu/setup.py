@@ -1,0 +1,76 @@
+"""Builds the native kernels: one library for every Python and torch, called through ctypes.
+
+Each instruction set is a source file with flags of its own; which one runs is chosen when the
+library is loaded. Without a C++ compiler the package installs without them and says so at run time.
+"""
+
+from __future__ import annotations
+
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+COMMON = [
+    "-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall",
+    "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi",
+]  # fmt: skip
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+SOURCES: dict[str, list[str]] = {"csrc/api.cpp": [], "csrc/pool.cpp": [], "csrc/isa_plain.cpp": []}
+if platform.machine().lower() in {"x86_64", "amd64"}:
+    SOURCES |= {
+        "csrc/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+        "csrc/isa_avx512.cpp": AVX512,
+        "csrc/isa_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    }
+
+
+class Native(build_ext):
+    """A plain shared library under a name without a Python tag."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The name in the package: tokenry_cpu/_native.so."""
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compiles the sources side by side, then links."""
+
+        def build(item: tuple[str, list[str]]) -> list[str]:
+            source, flags = item
+            objects: list[str] = self.compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags]
+            )
+            return objects
+
+        with ThreadPoolExecutor(4) as workers:
+            objects = [name for names in workers.map(build, SOURCES.items()) for name in names]
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=["-pthread"],
+            target_lang="c++",
+        )
+
+
+class AnyPython(bdist_wheel):
+    """The library knows nothing of Python: the wheel is for the platform only."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The tag py3-none-<platform>."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "tokenry_cpu._native",
+            list(SOURCES),
+            depends=[str(p) for p in Path("csrc").glob("*") if p.suffix in {".h", ".inl"}],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": Native, "bdist_wheel": AnyPython},
+)

@@ -1,0 +1,189 @@
+"""The native kernels: the library, and its functions with tensors for pointers.
+
+In: tensors in host memory whose rows are contiguous. Out: new tensors. Shapes and dtypes are
+checked by the ops that call this (`native_ops.py`); what crosses here is addresses.
+The library is C with nothing of torch or Python in it (`csrc/api.cpp`), so one build serves every
+version of both; ctypes releases the interpreter's lock while it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_native.so")
+FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+KV_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+class AttentionCall(ctypes.Structure):
+    """`struct Attention` of csrc/kernels.h; pointers as integers, strides in floats."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, c_void_p) for name in ("kv", "out")),
+        *(
+            (name, c_void_p)
+            for name in ("q_start", "q_lens", "seq_lens", "block_table", "slots")
+        ),
+        *(
+            (name, c_int64)
+            for name in (
+                "tokens", "requests", "table_width", "heads", "kv_heads", "head_dim", "block_size",
+            )
+        ),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("window", c_int64),
+        ("format", c_int32),
+    )  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library with its functions' types. Raises OSError where it was not built."""
+    lib = ctypes.CDLL(str(LIBRARY))
+    p, i = c_void_p, c_int64
+    for name, result, args in (
+        ("tk_isa", c_char_p, ()),
+        ("tk_isas", c_char_p, ()),
+        ("tk_set_isa", c_int32, (c_char_p,)),
+        ("tk_threads", None, (c_int32,)),
+        ("tk_pack", p, (p, p, i, i, c_int32)),
+        ("tk_bytes", i, (p,)),
+        ("tk_free", None, (p,)),
+        ("tk_linear", None, (p, p, i, i, p, i)),
+        ("tk_attention", None, (POINTER(AttentionCall),)),
+        ("tk_rms_norm", None, (p, i, i, p, p, c_float, i, i, p, p)),
+        ("tk_rope", None, (p, i, i, p, i, i, i, i, p, p, i, p, p)),
+        ("tk_act_mul", None, (p, i, i, c_int32, p)),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, args
+    return lib
+
+
+def built() -> bool:
+    """Whether the library is there."""
+    return LIBRARY.exists()
+
+
+def isa() -> str:
+    """The instruction set whose kernels run."""
+    return str(library().tk_isa().decode())
+
+
+def isas() -> tuple[str, ...]:
+    """Those that this machine can run, best first."""
+    return tuple(library().tk_isas().decode().split())
+
+
+def set_isa(name: str) -> bool:
+    """Run the kernels of that instruction set from now on; False if there are none to run."""
+    return bool(library().tk_set_isa(name.encode()))
+
+
+def set_threads(count: int) -> None:
+    """Threads of one kernel, the caller's among them."""
+    library().tk_threads(count)
+
+
+class Weight:
+    """A packed weight in memory of its own. format: a key of FORMATS."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, format: str) -> None:
+        """Packs weight [n, k]: float32, or 16-bit for the 16-bit formats. Raises MemoryError."""
+        self.out_features, self.in_features = weight.shape
+        self.format = format
+        self._bias = None if bias is None else bias.float().contiguous()
+        source = weight.contiguous()
+        lib = library()
+        self.handle = lib.tk_pack(
+            source.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            self.out_features,
+            self.in_features,
+            FORMATS[format],
+        )
+        if not self.handle:
+            raise MemoryError(f"no memory to pack a weight of {tuple(weight.shape)} as {format}")
+        self.nbytes: int = lib.tk_bytes(self.handle)
+        weakref.finalize(self, lib.tk_free, self.handle)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X [T, in] float32 with contiguous rows -> [T, out]."""
+        rows = x.shape[0]
+        y = torch.empty((rows, self.out_features))
+        library().tk_linear(
+            self.handle, x.data_ptr(), x.stride(0), rows, y.data_ptr(), self.out_features
+        )
+        return y
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """X [..., size] float32, contiguous in all but the first dimension; residual like x."""
+    size = x.shape[-1]
+    y = torch.empty(x.shape)
+    total = None if residual is None else torch.empty(x.shape)
+    rows = y.numel() // size
+    inner = 1 if x.dim() < 3 else x.shape[1]
+    library().tk_rms_norm(
+        x.data_ptr(),
+        x.stride(0) if x.dim() > 1 else size,
+        inner,
+        None if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        rows,
+        size,
+        y.data_ptr(),
+        None if total is None else total.data_ptr(),
+    )
+    return y, total
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Q [T, H, D], k [T, KH, D] float32, contiguous in all but the first dimension; positions [T]
+    int32.
+    """
+    q_out, k_out = torch.empty(q.shape), torch.empty(k.shape)
+    library().tk_rope(
+        q.data_ptr(),
+        q.stride(0),
+        q.shape[1],
+        k.data_ptr(),
+        k.stride(0),
+        k.shape[1],
+        q.shape[0],
+        q.shape[2],
+        positions.data_ptr(),
+        table.data_ptr(),
+        table.shape[2],
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+    )
+    return q_out, k_out
+
+
+def act_mul(x: Tensor, kind: str) -> Tensor:
+    """X [T, 2I] float32 contiguous -> [T, I]."""
+    rows, size = x.shape[0], x.shape[1] // 2
+    y = torch.empty((rows, size))
+    library().tk_act_mul(x.data_ptr(), rows, size, ACTIVATIONS[kind], y.data_ptr())
+    return y
+
+
+def attention(call: Any) -> None:
+    """Run an AttentionCall."""
+    library().tk_attention(ctypes.byref(call))

@@ -1,0 +1,180 @@
+"""The native kernels as ops of the contract: dtypes and layouts are made fit here.
+
+Every kernel works in float32 and adds up each output in one order that knows nothing of the batch
+(see csrc/linear.inl, csrc/attention.inl): the same bits for a row alone, among others, in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenry.backend.base import Op, StepBatch
+from tokenry.backend.contract import KVSpec
+from tokenry.backend.reference import ReferenceOp, Sample
+from tokenry_cpu import native
+from tokenry_cpu.moe import RowMoe
+
+
+def ops() -> Mapping[str, Op]:
+    """The kernels by name."""
+    linear = Linear()
+    return {
+        "attention": Attention(),
+        "linear": linear,
+        "rms_norm": RmsNorm(),
+        "rope": Rope(),
+        "act_mul": ActMul(),
+        "moe": RowMoe(linear),
+        "sample": Sample(),
+    }
+
+
+def kv_shape(spec: KVSpec, num_blocks: int) -> tuple[int, ...]:
+    """One layer's KV: per block and head the keys [head_dim, block_size], then the values
+    [block_size, head_dim].
+    """
+    return (num_blocks, spec.num_kv_heads, 2, spec.head_dim * spec.block_size)
+
+
+class Linear(ReferenceOp):
+    """x @ weight.T + bias on packed weights."""
+
+    def pack(
+        self, weights: Mapping[str, Tensor], quantization: str | None = None
+    ) -> Mapping[str, Any]:
+        """Quantised if asked, else in the narrowest float format that loses nothing: a checkpoint
+        in bfloat16 or float16 stays in 16 bits.
+        """
+        weight = weights["weight"]
+        if quantization is not None:
+            packed = native.Weight(weight.float(), weights.get("bias"), quantization)
+        else:
+            narrow = narrowest(weight)
+            name = str(narrow.dtype).removeprefix("torch.")
+            packed = native.Weight(narrow, weights.get("bias"), name)
+        return {"packed": packed}
+
+    def __call__(self, x: Tensor, weights: Mapping[str, Any]) -> Tensor:
+        """[T, out]."""
+        packed: native.Weight = weights["packed"]
+        if x.dtype != torch.float32:
+            return packed(x.float()).to(x.dtype)
+        return packed(x if x.stride(-1) == 1 else x.contiguous())
+
+
+def narrowest(weight: Tensor) -> Tensor:
+    """The same values in 16 bits where they fit, else in float32."""
+    if weight.dtype in {torch.bfloat16, torch.float16}:
+        return weight
+    wide = weight.float()
+    for dtype in (torch.bfloat16, torch.float16):
+        few = wide[:16]  # most that do not fit are found out here
+        if torch.equal(few.to(dtype).float(), few):
+            narrow = wide.to(dtype)
+            if torch.equal(narrow.float(), wide):
+                return narrow
+    return wide
+
+
+class RmsNorm(ReferenceOp):
+    """x / rms(x) * weight."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> Any:
+        """As `base.Op`."""
+        rows = _rows(x)
+        weight = weight if weight.dtype == torch.float32 else weight.float()
+        other = None if residual is None else _rows(residual).contiguous()
+        y, total = native.rms_norm(rows, weight.contiguous(), eps, other)
+        if x.dtype != torch.float32:
+            y, total = y.to(x.dtype), None if total is None else total.to(x.dtype)
+        return y if total is None else (y, total)
+
+
+class Rope(ReferenceOp):
+    """Rotary embedding."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, positions: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `base.Op`."""
+        turned = native.rope(_rows(q), _rows(k), positions.int(), table.float().contiguous())
+        if q.dtype == torch.float32:
+            return turned
+        return turned[0].to(q.dtype), turned[1].to(k.dtype)
+
+
+class ActMul(ReferenceOp):
+    """kind(gate) * up."""
+
+    def supports(self, **meta: Any) -> bool:
+        """Of the three activations."""
+        return meta.get("kind", "silu") in native.ACTIVATIONS
+
+    def __call__(self, x: Tensor, kind: str) -> Tensor:
+        """As `base.Op`."""
+        y = native.act_mul(x.float().contiguous(), kind)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+class Attention(ReferenceOp):
+    """Attention over the blocks where they lie: kv_layer as `kv_shape`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_layer: Tensor,
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """[T, num_heads * head_dim]; k and v are written to the slots of the batch."""
+        tokens, heads, head_dim = q.shape
+        rows = [_rows(t) for t in (q, k, v)]
+        out = torch.zeros((tokens, heads * head_dim))
+        table = batch.block_table
+        call = native.AttentionCall(
+            *(t.data_ptr() for t in rows),
+            *(t.stride(0) for t in rows),
+            kv_layer.data_ptr(),
+            out.data_ptr(),
+            batch.q_start.data_ptr(),
+            batch.q_lens.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            table.data_ptr(),
+            batch.slots.data_ptr(),
+            tokens,
+            batch.q_lens.shape[0],
+            table.shape[1],
+            heads,
+            k.shape[1],
+            head_dim,
+            kv_layer.shape[3] // head_dim,
+            scale,
+            softcap or 0.0,
+            window or 0,
+            native.KV_FORMATS[kv_layer.dtype],
+        )
+        native.attention(call)
+        return out if q.dtype == torch.float32 else out.to(q.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Float32, contiguous in all but the first dimension."""
+    if x.dtype != torch.float32:
+        return x.float().contiguous()
+    inner = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if stride != inner and size != 1:
+            return x.contiguous()
+        inner *= size
+    return x
