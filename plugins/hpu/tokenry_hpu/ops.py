@@ -9,7 +9,6 @@ no sum over blocks mixes requests before what is not finite has been taken out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.nn import functional
 
 from tokenry.backend.base import Op, StepBatch
 from tokenry.backend.contract import HostBatch
-from tokenry.backend.reference import ReferenceOp, activation
+from tokenry.backend.reference import ReferenceOp, ScoreRule, activation
 from tokenry.errors import UncoveredShape
 from tokenry_hpu.vendor import Vendor, experts, fp8_gemm, to_fp8
 
@@ -66,15 +65,6 @@ def flat_blocks(host: HostBatch, block_size: int) -> Mapping[str, NDArray[np.int
         into[: len(rows)] = values
     names = ("block_list", "block_groups", "block_usage", "block_bases")
     return dict(zip(names, lists, strict=True))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreRule:
-    """What a layer does to its scores, see `base.Op`."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
 
 
 class Attention(ReferenceOp):

@@ -28,6 +28,7 @@ WHERE = (
     "vault.habana.ai/gaudi-docker, and for bare metal behind habanalabs-installer.sh: "
     "docs.habana.ai, Installation Guide"
 )
+HABANA = "habana_frameworks.torch"
 LAZY = "PT_HPU_LAZY_MODE"
 """docs, Runtime Environment Variables: 0 (default) torch.compile and eager mode, 1 lazy mode. Read
 once, when the vendor's library is loaded.
@@ -45,63 +46,27 @@ class Symbol:
     source: str
 
 
-CORE, HPU = "habana_frameworks.torch.core", "habana_frameworks.torch.hpu"
-HPEX = "habana_frameworks.torch.hpex"
-SYMBOLS = (
-    Symbol(f"{CORE}.mark_step", "(device_str='', sync=False)", "bridge core/step_closure.py; docs"),
-    Symbol(
-        f"{HPU}.wrap_in_hpu_graph",
-        "(module, asynchronous=False, disable_tensor_cache=False, dry_run=False, max_graphs=None)",
-        "bridge hpu/graphs.py",
-    ),
-    Symbol(f"{HPU}.synchronize", "()", "bridge hpu/__init__.py"),
-    Symbol(f"{HPU}.mem_get_info", "(device=None) -> (free, total)", "bridge hpu/memory.py"),
-    Symbol(f"{HPU}.max_memory_allocated", "(device=None)", "bridge hpu/memory.py"),
-    Symbol(f"{HPU}.reset_peak_memory_stats", "(device=None)", "bridge hpu/memory.py"),
-    Symbol(f"{HPU}.get_device_name", "(device=None)", "bridge hpu/__init__.py"),
-    Symbol(f"{HPU}.Event", "(enable_timing=False)", "bridge hpu/events.py"),
-    Symbol(
-        f"{HPU}.metrics.metric_localcontext",
-        "(name) -> context whose stats()[0] is ('TotalNumber', n)",
-        "bridge hpu/metrics/metrics.py; vllm-gaudi v1/worker/hpu_worker.py",
-    ),
-    Symbol("habana_frameworks.torch.utils.internal.is_lazy", "()", "bridge utils/internal.py"),
-    Symbol(
-        f"{HPEX}.kernels.FusedSDPA",
-        ".apply(q, k, v, attn_mask, dropout_p, is_causal, scale, softmax_mode, recompute_mode)",
-        "bridge hpex/kernels/FusedSDPA.py",
-    ),
-    Symbol(
-        f"{HPEX}.kernels.apply_rotary_pos_emb",
-        "(p, cos, sin, position_ids, offset, mode)",
-        "bridge hpex/kernels/RotaryPosEmbeddingHelper.py",
-    ),
-    Symbol(
-        f"{HPEX}.kernels.RotaryPosEmbeddingMode.BLOCKWISE",
-        "enum member",
-        "bridge hpex/kernels/RotaryPosEmbeddingHelper.py",
-    ),
-    Symbol(
-        f"{HPEX}.normalization.FusedRMSNorm",
-        ".apply(data_in, gamma, eps)",
-        "bridge hpex/normalization/FusedRMSNorm.py",
-    ),
-    Symbol(
-        "torch.ops.hpu.mixture_of_experts",
-        "(hidden_states, expert_routing_table, router_weights, w12[], w3[], permuted_weights, "
-        "activation, experts_min, experts_max)",
-        "bridge schema mixture_of_experts.fused_weights; vllm-gaudi extension/ops.py",
-    ),
-    Symbol(
-        "torch.ops.hpu.cast_to_fp8_v2",
-        "(input, scale=None, stochastic_rounding=False, is_amax=False, dtype=None) -> (y, amax)",
-        "bridge schema cast_to_fp8_v2; vllm-gaudi extension/ops.py dynamic_quant",
-    ),
-    Symbol(
-        "torch.ops.hpu.fp8_gemm_v2",
-        "(A, trans_A, B, trans_B, D, out_dtype, A_scale_inv, B_scale_inv, bias, accumulate)",
-        "bridge schema fp8_gemm_v2; vllm-gaudi extension/ops.py apply_fp8_linear_hpu",
-    ),
+SYMBOLS = tuple(
+    Symbol(*(part.strip() for part in line.split("|")))
+    for line in """
+habana_frameworks.torch.core.mark_step | (device_str='', sync=False) | docs; bridge core
+habana_frameworks.torch.hpu.wrap_in_hpu_graph | (module, asynchronous, disable_tensor_cache, dry_run, max_graphs) | bridge hpu/graphs.py
+habana_frameworks.torch.hpu.synchronize | () | bridge hpu/__init__.py
+habana_frameworks.torch.hpu.mem_get_info | (device=None) -> (free, total) | bridge hpu/memory.py
+habana_frameworks.torch.hpu.max_memory_allocated | (device=None) | bridge hpu/memory.py
+habana_frameworks.torch.hpu.reset_peak_memory_stats | (device=None) | bridge hpu/memory.py
+habana_frameworks.torch.hpu.Event | (enable_timing=False): record(), synchronize() | bridge hpu/events.py
+habana_frameworks.torch.hpu.metrics.metric_localcontext | (name) -> context; stats()[0] is ('TotalNumber', n) | bridge hpu/metrics/metrics.py; vllm-gaudi v1/worker/hpu_worker.py
+habana_frameworks.torch.utils.internal.is_lazy | () | bridge utils/internal.py
+habana_frameworks.torch.hpex.kernels.FusedSDPA | .apply(q, k, v, attn_mask, dropout_p, is_causal, scale, softmax_mode, recompute_mode) | bridge hpex/kernels/FusedSDPA.py
+habana_frameworks.torch.hpex.kernels.apply_rotary_pos_emb | (p, cos, sin, position_ids, offset, mode) | bridge hpex/kernels/RotaryPosEmbeddingHelper.py
+habana_frameworks.torch.hpex.kernels.RotaryPosEmbeddingMode | .BLOCKWISE | bridge hpex/kernels/RotaryPosEmbeddingHelper.py
+habana_frameworks.torch.hpex.normalization.FusedRMSNorm | .apply(data_in, gamma, eps) | bridge hpex/normalization/FusedRMSNorm.py
+habana_frameworks.torch.distributed.hccl | import registers the backend `hccl` | bridge distributed/hccl/__init__.py
+torch.ops.hpu.mixture_of_experts | (hidden_states, expert_routing_table, router_weights, w12[], w3[], permuted_weights, activation, experts_min, experts_max) | bridge schema mixture_of_experts.fused_weights
+torch.ops.hpu.cast_to_fp8_v2 | (input, scale, stochastic_rounding, is_amax, dtype) -> (y, amax) | bridge schema; vllm-gaudi extension/ops.py dynamic_quant
+torch.ops.hpu.fp8_gemm_v2 | (A, trans_A, B, trans_B, D, out_dtype, A_scale_inv, B_scale_inv, bias, accumulate) | bridge schema; vllm-gaudi extension/ops.py apply_fp8_linear_hpu
+""".strip().splitlines()  # noqa: E501  # a table: one symbol, one line
 )
 DYNAMO_BACKEND = "hpu_backend"
 """docs, torch.compile on Gaudi: torch.compile(..., backend="hpu_backend")."""
@@ -145,8 +110,8 @@ def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int 
             f"{LAZY}={wanted}.",
             mend=f"unset {LAZY}, or --backend-option graphs={other}",
         )
-    loaded = said is None and "habana_frameworks.torch" in sys.modules
-    if loaded and find("habana_frameworks.torch.utils.internal.is_lazy")() != lazy:
+    loaded = said is None and HABANA in sys.modules
+    if loaded and find(f"{HABANA}.utils.internal.is_lazy")() != lazy:
         raise ConfigError(
             "habana_frameworks was loaded in the other mode before tokenry opened the device.",
             mend=f"start the process with {LAZY}={wanted} in its environment",
@@ -158,20 +123,20 @@ def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int 
         visible = environ.get(VISIBLE, "all")
         environ[VISIBLE] = str(module) if visible == "all" else visible.split(",")[module]
     return Vendor(
-        hpu=find(HPU),
-        mark_step=find(f"{CORE}.mark_step"),
-        metrics=find(f"{HPU}.metrics"),
-        sdpa=find(f"{HPEX}.kernels.FusedSDPA"),
-        rms_norm=find(f"{HPEX}.normalization.FusedRMSNorm"),
-        rotary=find(f"{HPEX}.kernels.apply_rotary_pos_emb"),
-        blockwise=find(f"{HPEX}.kernels.RotaryPosEmbeddingMode").BLOCKWISE,
+        hpu=find(f"{HABANA}.hpu"),
+        mark_step=find(f"{HABANA}.core.mark_step"),
+        metrics=find(f"{HABANA}.hpu.metrics"),
+        sdpa=find(f"{HABANA}.hpex.kernels.FusedSDPA"),
+        rms_norm=find(f"{HABANA}.hpex.normalization.FusedRMSNorm"),
+        rotary=find(f"{HABANA}.hpex.kernels.apply_rotary_pos_emb"),
+        blockwise=find(f"{HABANA}.hpex.kernels.RotaryPosEmbeddingMode").BLOCKWISE,
         lazy=lazy,
     )
 
 
 def load_hccl() -> None:
     """Register the `hccl` backend with torch.distributed (an import does)."""
-    find("habana_frameworks.torch.distributed.hccl")
+    find(f"{HABANA}.distributed.hccl")
 
 
 def find(path: str) -> Any:
