@@ -1,0 +1,6 @@
+// One translation unit: the torch headers are read once.
+#include "device.cpp"
+#include "fallback.cpp"
+#include "graph.cpp"
+
+#include "abi.cpp"

@@ -1,0 +1,190 @@
+"""The simulated device of this process: memory, counts, guarded regions, strictness.
+
+In: a name and the environment's settings. Out: `Device`, one per process, made by `attach` (which a stand-in package
+calls when torch loads it). Knows no vendor beyond the three names that torch itself treats differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from simdevice.build import library
+from simdevice.errors import NewProgram, NoDevice, Refused, typed
+from simdevice.native import Library
+
+DEFAULT_MEMORY = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of device memory; exact, of live storages."""
+
+    limit_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    num_allocations: int
+
+    @property
+    def free_bytes(self) -> int:
+        """What may still be allocated."""
+        return self.limit_bytes - self.allocated_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What happened since `reset_counts`. `loose_kernels` ran outside any program or replay."""
+
+    kernels: int
+    loose_kernels: int
+    scalar_reads: int
+    shape_reads: int
+    copies_to_host: int
+    async_copies_to_host: int
+    copies_to_device: int
+    programs: int
+    recipes: int
+    captures: int
+    replays: int
+    view_writes: int
+
+    @property
+    def host_syncs(self) -> int:
+        """How often the host waited: scalar reads, blocking copies, shapes that depend on values."""
+        return self.scalar_reads + self.shape_reads + self.copies_to_host
+
+    @property
+    def compilations(self) -> int:
+        """Everything that costs a compilation: programs, recipes and captures."""
+        return self.programs + self.recipes + self.captures
+
+
+@contextlib.contextmanager
+def refusals_typed() -> Iterator[None]:
+    """Raises the library's tagged RuntimeErrors as their types."""
+    try:
+        yield
+    except RuntimeError as error:
+        refusal = typed(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+class Device:
+    """One simulated device. Owned by the process; made once by `attach`."""
+
+    def __init__(self, name: str, memory: int, *, promote: bool, lazy: bool) -> None:
+        self.name = name
+        self.lazy = lazy
+        self.library = Library(library())
+        kind = name if name in ("hpu", "cuda") else "privateuse1"
+        self.library.call("start", kind.encode(), name.encode())
+        self.library.call("options", promote, lazy, name != "hpu")
+        self.library.call("set_limit", memory)
+        self._lock = threading.Lock()
+        self._programs = 0
+        self.strict_now = False
+
+    def memory(self) -> Memory:
+        """Bytes now, at the peak, and in all."""
+        now = self.library.counters()
+        return Memory(now["limit"], now["allocated"], now["peak"], now["allocations"])
+
+    def set_memory_limit(self, limit_bytes: int) -> None:
+        """Allocations beyond it raise torch.OutOfMemoryError."""
+        self.library.call("set_limit", limit_bytes)
+
+    def reset_peak(self) -> None:
+        """The peak becomes what is allocated now."""
+        self.library.call("reset_peak")
+
+    def counts(self) -> Counts:
+        """What happened since `reset_counts` (or the start)."""
+        now = self.library.counters()
+        fields = {key: now[key] for key in Counts.__dataclass_fields__ if key != "programs"}
+        return Counts(programs=self._programs, **fields)
+
+    def reset_counts(self) -> None:
+        """All counts (not memory) start again from 0."""
+        self.library.call("reset_counters")
+        self._programs = 0
+
+    def kernel_counts(self) -> dict[str, int]:
+        """How often each operator ran, by `aten::name.overload`."""
+        return self.library.kernel_counts()
+
+    def synchronize(self) -> None:
+        """All asynchronous copies to the host have arrived."""
+        self.library.call("synchronize")
+
+    def mark_step(self) -> None:
+        """Closes the recipe of lazy mode. Raises NewProgram for an unknown one when strict."""
+        self.library.call("flush_recipe")
+
+    def strict(self) -> None:
+        """From here on a new recipe, capture or program raises NewProgram (see the README)."""
+        self.mark_step()
+        self.strict_now = True
+        self.library.call("set_strict", True)
+
+    def relax(self) -> None:
+        """New programs are allowed again."""
+        self.strict_now = False
+        self.library.call("set_strict", False)
+
+    def note_program(self, what: str) -> None:
+        """Counts a program that a dynamo backend compiled. Raises NewProgram when strict."""
+        if self.strict_now:
+            raise NewProgram(f"{what} was compiled after strict() was called")
+        with self._lock:
+            self._programs += 1
+
+    @contextlib.contextmanager
+    def no_host_sync(self) -> Iterator[None]:
+        """Where this thread must not wait for the device: doing so raises HostSync."""
+        self.library.call("forbid_sync", 1)
+        try:
+            with refusals_typed():
+                yield
+        finally:
+            self.library.call("forbid_sync", -1)
+
+    @contextlib.contextmanager
+    def program(self) -> Iterator[None]:
+        """A compiled program runs: kernels are not loose, and it can't wait for the host."""
+        self.library.call("in_program", 1)
+        try:
+            with self.no_host_sync():
+                yield
+        finally:
+            self.library.call("in_program", -1)
+
+
+_current: Device | None = None
+
+
+def attach(name: str) -> Device:
+    """The device of this process, made from the environment. A stand-in package calls it when torch loads it."""
+    global _current
+    if _current is None:
+        memory = int(os.environ.get("SIMDEVICE_MEMORY", DEFAULT_MEMORY))
+        promote = os.environ.get("SIMDEVICE_DTYPES", "refuse") == "promote"
+        lazy = name == "hpu" and os.environ.get("PT_HPU_LAZY_MODE", "0") == "1"
+        _current = Device(name, memory, promote=promote, lazy=lazy)
+    elif _current.name != name:
+        raise Refused(f"this process already has the simulated device {_current.name}")
+    return _current
+
+
+def current() -> Device:
+    """The device of this process. Raises NoDevice."""
+    if _current is None:
+        raise NoDevice(
+            "this process has no simulated device; mend: simdevice.install(name), or start the "
+            "process with simdevice.environment(name)"
+        )
+    return _current
