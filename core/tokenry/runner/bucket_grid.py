@@ -269,11 +269,15 @@ def prior(cells: Sequence[Cell], caps: Caps, block_price: float) -> Floats:
     """Weights where no load is known: what padding adds to a cell counts in proportion to the
     cell's own work, and all cells are as likely (those of prompt log-probabilities less).
     """
+    rare = np.array([SCORED_WEIGHT if cell.kind.scored else 1.0 for cell in cells])
+    return rare / (work_of(cells, caps, block_price) + LAUNCH_WORK)
+
+
+def work_of(cells: Sequence[Cell], caps: Caps, block_price: float) -> Floats:
+    """`buckets.work` of each cell."""
     known = list(dict.fromkeys(cell.kind for cell in cells))
     groups = np.array([known.index(cell.kind) for cell in cells], np.int64)
-    own = _work(_boxes(cells), groups, known, caps, block_price)
-    rare = np.array([SCORED_WEIGHT if cell.kind.scored else 1.0 for cell in cells])
-    return rare / (own + LAUNCH_WORK)
+    return _work(_boxes(cells), groups, known, caps, block_price)
 
 
 def _boxes(cells: Sequence[Cell]) -> IntTable:
@@ -283,7 +287,7 @@ def _boxes(cells: Sequence[Cell]) -> IntTable:
 def _work(
     boxes: IntTable, groups: IntTable, known: Sequence[Kind], caps: Caps, block_price: float
 ) -> Floats:
-    """`buckets.work` of many cells."""
+    """`buckets.work` of boxes [N, 3] of the known kinds."""
     seqs, width, kv = boxes[:, 0], boxes[:, 1], boxes[:, 2]
     per_row = np.array([caps.shapes.uniform_q or k.phase == "decode" or k.scored for k in known])
     tokens = np.where(per_row[groups], seqs * width, np.maximum(width, seqs))
