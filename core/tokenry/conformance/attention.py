@@ -212,7 +212,7 @@ def invariance_claimed(caps: Caps) -> str | None:
     asked=invariance_claimed,
 )
 def invariance(kit: Kit) -> Iterator[Case]:
-    """Each request whole and alone, then in batches, in parts and by single tokens: the same bits."""
+    """Each request whole and alone, then in batches, in parts and in single tokens."""
     backend, caps = kit.open(), kit.caps
     block = caps.block_sizes[0]
     lengths = (block - 1, 2 * block + 3, 5, 7 * block + 1)

@@ -17,8 +17,8 @@ from tokenry.backend.contract import Bucket, Caps, HostBatch
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest
 from tokenry.runner.bucket_grid import make_buckets
-from tokenry.runner.buckets import Need, choose, covers, exact
-from tokenry.runner.pack import blank_batch, need_of, pack, table_width, to_device
+from tokenry.runner.buckets import Need, choose, covers, exact, need_of
+from tokenry.runner.pack import blank_batch, pack, table_width, to_device
 from tokenry.runner.requests import RequestState
 from tokenry.runner.shapes import Extent, Launch, Share, split
 
