@@ -14,7 +14,7 @@ import pytest
 
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig
-from tokenry.errors import EngineDead, ModelLoadError, RequestError, TokenryError
+from tokenry.errors import EngineDead, ModelLoadError, RequestError
 from tokenry.messages import AddRequest
 from tokenry.params import SamplingParams
 from tokenry.text.outputs import OutputProcessor
@@ -116,8 +116,9 @@ def test_aborting_by_id_ends_the_waiting_iteration(monkeypatch):
 
 def test_value_that_cannot_be_sent_leaves_nothing_behind():
     async def story(engine):
-        with pytest.raises(OverflowError):
-            await last(engine.generate("Once", priority=2**70))
+        params = SamplingParams(extra_args={"size": 2**70})
+        with pytest.raises(RequestError, match="cannot be sent"):
+            await last(engine.generate("Once", params))
         assert engine.num_requests == engine.num_completions == 0
         assert (await last(engine.generate("Once"))).finished
 
@@ -131,7 +132,7 @@ def test_command_that_cannot_be_read_fails_its_sender_and_nobody_else(monkeypatc
         params = SamplingParams(max_tokens=60, seed=3)
         alone = await last(engine.generate("Once", params))
         other = asyncio.create_task(last(engine.generate("Once", params)))
-        with pytest.raises(TokenryError, match="cache_salt"):
+        with pytest.raises(RequestError, match="cache_salt"):
             await last(engine.generate("Once", cache_salt=5))
         wrong = SamplingParams(max_tokens=5)
         msgspec.structs.force_setattr(wrong, "n", 0)  # as a front of another version might send
@@ -160,6 +161,18 @@ def test_seed_that_is_no_whole_number_is_refused_and_the_engine_lives():
             await last(engine.generate("Once", SamplingParams(seed=1.5)))
         engine.check_health()
         assert (await last(engine.generate("Once"))).finished
+
+    run(story)
+
+
+def test_what_only_the_engine_can_refuse_keeps_its_field_and_status(monkeypatch):
+    monkeypatch.setenv("TOY_MAX_TOP_K", "50")
+
+    async def story(engine):
+        with pytest.raises(RequestError, match="draws from 50") as caught:
+            await last(engine.generate("Once", SamplingParams(top_k=51)))
+        assert (caught.value.param, caught.value.status) == ("top_k", 400)
+        assert (await last(engine.generate("Once", SamplingParams(top_k=50)))).finished
 
     run(story)
 

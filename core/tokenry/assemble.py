@@ -19,7 +19,7 @@ from tokenry.engine.core import EngineCore
 from tokenry.engine.limits import EngineLimits
 from tokenry.errors import ConfigError
 from tokenry.hub import find_model
-from tokenry.messages import Ready, Stats
+from tokenry.messages import Ready, RequestLimits, Stats
 from tokenry.models.config import read_config
 from tokenry.models.registry import load_spec, pick_dtype
 from tokenry.runner.bucket_file import bucket_settings
@@ -93,13 +93,14 @@ def assemble(
         trust_remote_code=config.trust_remote_code,
     )
     check_weights_fit(spec.weight_bytes, backend.memory(), config.memory_fraction)
+    processors = {**installed_processors(), **(logits_processors or {})}
     runner = ModelRunner(
         backend,
         spec,
         spec.weights(lambda share: progress("loading weights", share)),
         _runner_config(config),
         eos_token_ids=spec.eos_token_ids,
-        processors={**installed_processors(), **(logits_processors or {})},
+        processors=processors,
         progress=progress,
     )
     engine = Engine(_limits(config, runner), runner)
@@ -120,6 +121,14 @@ def assemble(
         dtype=spec.dtype,
         ledger=dict(runner.plan.ledger),
         notes=tuple(notes),
+        limits=RequestLimits(
+            max_prompt_tokens=(
+                None if config.enable_chunked_prefill else config.max_num_batched_tokens
+            ),
+            max_top_k=backend.caps.sample_max_top_k,
+            priorities=config.scheduling_policy == "priority",
+            logits_processors=tuple(sorted(processors)),
+        ),
     )
     return Assembled(engine=engine, ready=ready, runner=runner, config=config)
 

@@ -182,10 +182,10 @@ class AsyncEngine:
         self._num_completions += params.n
         try:
             self._handle.send(*commands)
-        except BaseException:  # a value that msgpack cannot hold: nothing was sent
+        except (TypeError, ValueError, OverflowError) as error:  # msgpack cannot hold it
             self._forget(request_id)
             self._processor.abort(request_id)
-            raise
+            raise RequestError(f"The request cannot be sent to the engine: {error}.") from error
 
     async def generate(
         self,
@@ -260,7 +260,10 @@ class AsyncEngine:
     def _begin(self) -> None:
         if self._processor is None and self._ready is not None and self._tokenizer is not None:
             self._processor = OutputProcessor(
-                self._tokenizer, max_model_len=self._ready.max_model_len
+                self._tokenizer,
+                max_model_len=self._ready.max_model_len,
+                vocab_size=self._ready.vocab_size,
+                limits=self._ready.limits,
             )
             self._started.set()
 

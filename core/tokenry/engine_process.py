@@ -32,6 +32,8 @@ from tokenry.errors import (
     KVCacheTooSmall,
     ModelLoadError,
     NoBackend,
+    Refusal,
+    RequestError,
     TokenryError,
     UnknownArchitecture,
     Unsupported,
@@ -190,9 +192,7 @@ class EngineProcess:
         try:
             self._engine.add(request)
         except TokenryError as error:
-            return [
-                TokensEvent(request_id=request.request_id, finish_reason="error", error=str(error))
-            ]
+            return [_failed(request.request_id, error)]
         return []
 
     def _answer(self, query: Query) -> list[Event]:
@@ -218,11 +218,19 @@ def _unreadable(raw: msgspec.Raw, error: Exception) -> list[Event]:
     text = f"The engine cannot read this command: {error}."
     request_id, query_id = told.get("request_id"), told.get("query_id")
     if isinstance(request_id, str):
-        return [TokensEvent(request_id=request_id, finish_reason="error", error=text)]
+        wrong = error if isinstance(error, RequestError) else RequestError(text)
+        return [_failed(request_id, wrong)]
     if isinstance(query_id, int):
         return [Reply(query_id=query_id, error=text)]
     print(text, file=sys.stderr, flush=True)
     return []
+
+
+def _failed(request_id: str, error: TokenryError) -> TokensEvent:
+    refusal = Refusal.of(error) if isinstance(error, RequestError) else None
+    return TokensEvent(
+        request_id=request_id, finish_reason="error", error=str(error), refusal=refusal
+    )
 
 
 def main(argv: Sequence[str]) -> int:

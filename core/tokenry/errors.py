@@ -9,6 +9,8 @@ parameter and code of OpenAI's error object; an error at start carries an exit c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class TokenryError(Exception):
     """What happened, and how to mend it.
@@ -52,6 +54,36 @@ class RequestError(TokenryError):
         self.param = param
         if code is not None:
             self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A RequestError as data, so that it crosses rooms and processes and its sender gets all of
+    it.
+    """
+
+    message: str
+    param: str | None = None
+    code: str | None = None
+    mend: str | None = None
+    status: int = 400
+
+    @classmethod
+    def of(cls, error: RequestError) -> Refusal:
+        """What the error says."""
+        return cls(
+            message=error.message,
+            param=error.param,
+            code=error.code,
+            mend=error.mend,
+            status=error.status,
+        )
+
+    def error(self) -> RequestError:
+        """The error that says it."""
+        error = RequestError(self.message, param=self.param, code=self.code, mend=self.mend)
+        error.status = self.status
+        return error
 
 
 class ContextLengthExceeded(RequestError):

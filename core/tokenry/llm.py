@@ -61,7 +61,12 @@ class LLM:
         resolved = dataclasses.replace(self.config, model=str(directory))
         self._assembled: Assembled | None = assemble(resolved)
         self.ready: Ready = self._assembled.ready
-        self._processor = OutputProcessor(self._tokenizer, max_model_len=self.ready.max_model_len)
+        self._processor = OutputProcessor(
+            self._tokenizer,
+            max_model_len=self.ready.max_model_len,
+            vocab_size=self.ready.vocab_size,
+            limits=self.ready.limits,
+        )
         self._next_id = 0
 
     def generate(

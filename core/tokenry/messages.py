@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
 
@@ -61,7 +62,8 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
 
     token_ids        new tokens since the last event; logprobs beside them if asked for.
     prompt_logprobs  whole, once, with the first token (or at the end if none was drawn).
-    finish_reason    set in the last event; error then has the text if it is "error".
+    finish_reason    set in the last event; error then has the text if it is "error", and refusal
+                     all there is to say if the request itself is at fault.
     stop_reason      the stop token id that ended it (None for EOS and length).
     times            monotonic seconds of the engine's clock: queued, first scheduled, this event.
     """
@@ -73,6 +75,7 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
+    refusal: Refusal | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     queued_s: float = 0.0
@@ -109,6 +112,22 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
     share: float = 0.0
 
 
+class RequestLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What of a well-formed request this engine cannot serve, so that a front refuses it before it
+    starts.
+
+    max_prompt_tokens   longest prompt, where a prompt cannot take several steps.
+    max_top_k           largest top_k that the device draws from.
+    priorities          whether the queue knows priorities.
+    logits_processors   names of those installed; None: not told.
+    """
+
+    max_prompt_tokens: int | None = None
+    max_top_k: int | None = None
+    priorities: bool = False
+    logits_processors: tuple[str, ...] | None = None
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The engine serves. Facts that a front needs and shows."""
 
@@ -122,6 +141,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
     ledger: dict[str, int]
     notes: tuple[str, ...] = ()
+    limits: RequestLimits = RequestLimits()
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

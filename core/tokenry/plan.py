@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
 
 
@@ -95,6 +96,7 @@ class RowResult:
     prompt_logprobs   for the positions of this row that are prompt: entry i is about token
                       num_computed + i + 1.
     error             the row could not be computed (NaN logits): the request fails with this text.
+    refusal           set beside error where the request asks for what cannot be served.
     """
 
     request_id: str
@@ -102,6 +104,7 @@ class RowResult:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

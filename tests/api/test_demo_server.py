@@ -1,15 +1,11 @@
 """`tokenry serve demo` as a user starts it: the real model, through the real command."""
 
-import importlib.util
 import subprocess
 import sys
 
 import openai
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tokenry.assemble") is None, reason="no engine can be assembled yet"
-)
 BODY = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
 
 
@@ -51,6 +47,22 @@ def test_chat_answers(demo):
 
 def test_books_agree_afterwards(demo):
     assert demo.http.get("/health/integrity").json() == {"ok": True}
+
+
+def test_prompt_that_fits_no_step_is_a_400_that_names_the_flag(start_server):
+    command = ["-m", "tokenry", "serve", "demo", "--backend", "cpu", "--port", "0"]
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "128"]
+    server = start_server([*command, "--kv-cache-bytes", "64MiB"]).wait_ready()
+    response = server.http.post("/v1/completions", json={"prompt": [300] * 200, "max_tokens": 3})
+    chat = {"messages": [{"role": "user", "content": "king " * 200}], "max_tokens": 3}
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "prompt")
+    assert "--max-num-batched-tokens 200" in error["message"]
+    response = server.http.post("/v1/chat/completions", json=chat)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
+    response = server.http.post("/v1/completions", json={"prompt": [300] * 100, "max_tokens": 3})
+    assert response.json()["usage"]["completion_tokens"] == 3
+    assert server.close() == 0
 
 
 def test_generate_prints_prompt_and_continuation():

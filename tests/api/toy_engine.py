@@ -1,6 +1,7 @@
 """A real EngineCore over a runner without a model: a token follows from the last one and the seed.
 
-Its factory is given to the engine process by name; TOY_STEP_S makes its steps slow.
+Its factory is given to the engine process by name; TOY_STEP_S makes its steps slow,
+TOY_MAX_TOP_K makes it refuse what is larger.
 """
 
 import os
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 from tokenry.engine.core import EngineCore
 from tokenry.engine.limits import EngineLimits
-from tokenry.errors import ModelLoadError
+from tokenry.errors import ModelLoadError, Refusal
 from tokenry.messages import Ready
 from tokenry.plan import RowResult, StepResult, TokenLogprobs
 
@@ -20,6 +21,7 @@ class ToyRunner:
     def __init__(self):
         self.requests = {}
         self.step_s = float(os.environ.get("TOY_STEP_S", "0"))
+        self.max_top_k = int(os.environ.get("TOY_MAX_TOP_K", "1000000"))
 
     def run(self, plan):
         time.sleep(self.step_s)
@@ -33,6 +35,10 @@ class ToyRunner:
 
     def _row(self, row):
         tokens, new = self.requests[row.request_id]
+        if new.params.top_k > self.max_top_k:  # the front is not told: the engine must refuse
+            text = f"top_k {new.params.top_k}: this device draws from {self.max_top_k} at most."
+            refusal = Refusal(message=text, param="top_k")
+            return RowResult(request_id=row.request_id, error=text, refusal=refusal)
         prompt_logprobs = ()
         if new.params.prompt_logprobs is not None:
             first, last = (

@@ -187,8 +187,9 @@ def test_a_request_larger_than_the_cache_is_told_the_figures():
     events = drain(engine)
     assert (
         "needs 8 KV blocks of 4 tokens for its 30 tokens, the KV cache has 5"
-        in events["large"][-1].error
+        in events["large"][-1].refusal.message
     )
+    assert events["large"][-1].refusal.code == "context_length_exceeded"
     assert events["grows"][-1].finish_reason == "error"
     assert tokens_of(events["fine"]) == expected(request("fine", [5] * 6))
 
@@ -204,8 +205,22 @@ def test_a_request_larger_than_the_cache_is_told_the_figures():
 def test_a_request_that_can_never_run_is_answered_at_once(message, text):
     engine = EngineCore(limits(), OracleRunner(4))
     engine.add(message)
+    refusal = drain(engine)["x"][-1].refusal
+    assert text in refusal.message
+    assert (refusal.param, refusal.status) == ("prompt", 400)
+
+
+def test_a_prompt_that_fits_no_step_is_refused_with_the_flag_that_helps():
+    engine = EngineCore(
+        limits(chunked_prefill=False, max_num_batched_tokens=16, max_num_seqs=4), OracleRunner(4)
+    )
+    engine.add(request("long", [3] * 20))
+    engine.add(request("fine", [5] * 6))
     events = drain(engine)
-    assert text in events["x"][-1].error
+    refusal = events["long"][-1].refusal
+    assert refusal.error().param == "prompt"
+    assert "--max-num-batched-tokens 20" in str(refusal.error())
+    assert tokens_of(events["fine"]) == expected(request("fine", [5] * 6))
 
 
 def test_prompt_scores_come_whole_across_chunks_and_preemptions():
@@ -312,7 +327,7 @@ def test_a_used_id_is_refused_and_an_aborted_one_is_free_again():
     engine.add(request("a", [3] * 6, max_tokens=30))
     engine.step()
     engine.add(request("a", [3] * 6))
-    assert any(e.error and "in use" in e.error for e in engine.step())
+    assert any(e.refusal and "in use" in e.refusal.message for e in engine.step())
     engine.abort(["a", "unknown"])
     engine.add(request("a", [4] * 6))
     assert tokens_of(drain(engine)["a"]) == expected(request("a", [4] * 6))

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenry.errors import ContextLengthExceeded, EngineDead, RequestError, StepFailed
-from tokenry.messages import TokensEvent
+from tokenry.errors import ContextLengthExceeded, EngineDead, Refusal, RequestError, StepFailed
+from tokenry.messages import RequestLimits, TokensEvent
 from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
-from tokenry.text.outputs import OutputProcessor, tokenize_bad_words
+from tokenry.text.admission import tokenize_bad_words
+from tokenry.text.outputs import OutputProcessor
 from tokenry.text.tokenizer import Tokenizer
 
 PROMPT = [10, 11, 12]
@@ -42,7 +43,9 @@ def play(processor, request_id, ids, *, size=1, finish="length", index=0):
     return updates
 
 
-def test_one_command_per_completion(processor):
+def test_one_command_per_completion(tokenizer):
+    limits = RequestLimits(priorities=True)
+    processor = OutputProcessor(tokenizer, max_model_len=64, limits=limits)
     params = SamplingParams(n=3, seed=7, max_tokens=None)
     commands = processor.add("r", PROMPT, params, priority=2, cache_salt="s")
     assert [c.request_id for c in commands] == ["r#0", "r#1", "r#2"]
@@ -200,6 +203,43 @@ def test_failed_completion_fails_the_request_and_aborts_the_others(processor):
     assert "NaN" in str(update.error)
     assert update.abort == ("r#2",)
     assert processor.update(TokensEvent(request_id="r#2", token_ids=(20,))) is None
+
+
+def test_refused_completion_keeps_its_code_and_is_told_the_senders_own_field(processor):
+    processor.add("r", PROMPT, SamplingParams(n=2), param="messages")
+    refusal = Refusal(message="Too long.", param="prompt", code="too_long", mend="cut", status=413)
+    update = processor.update(TokensEvent(request_id="r#0", finish_reason="error", refusal=refusal))
+    error = update.error
+    assert isinstance(error, RequestError)
+    assert (error.param, error.code, error.mend, error.status) == (
+        *("messages", "too_long", "cut"),
+        413,
+    )
+    assert update.abort == ("r#1",)
+
+
+@pytest.mark.parametrize(
+    ("limits", "params", "more", "param"),
+    [
+        ({"max_prompt_tokens": 2}, {}, {"param": "messages"}, "messages"),
+        ({"max_top_k": 64}, {"top_k": 65}, {}, "top_k"),
+        ({"logits_processors": ("a",)}, {"logits_processor": "b"}, {}, "logits_processor"),
+        ({"logits_processors": ()}, {"logits_processor": "b"}, {}, "logits_processor"),
+        ({}, {}, {"priority": 1}, "priority"),
+        ({"priorities": True}, {}, {"priority": 1.5}, "priority"),
+        ({"priorities": True}, {}, {"priority": 2**31}, "priority"),
+    ],
+    ids=["prompt", "top_k", "unknown", "none-installed", "fcfs", "fraction", "far"],
+)
+def test_what_the_engine_cannot_serve_is_refused_before_it_starts(
+    tokenizer, limits, params, more, param
+):
+    told = RequestLimits(**limits)
+    processor = OutputProcessor(tokenizer, max_model_len=64, limits=told)
+    with pytest.raises(RequestError) as caught:
+        processor.add("r", PROMPT, SamplingParams(**params), **more)
+    assert caught.value.param == param
+    assert len(processor) == 0
 
 
 def test_abort_names_the_completions_that_still_run(processor):

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from tokenry.engine.limits import EngineLimits
 from tokenry.engine.scheduler import Scheduler
-from tokenry.errors import RequestError, TokenryError
+from tokenry.errors import Refusal, RequestError, TokenryError
 from tokenry.messages import AddRequest, Stats, TokensEvent
 from tokenry.plan import StepPlan, StepResult, StepRunner
 
@@ -42,9 +42,13 @@ class EngineCore:
         try:
             self._scheduler.add(message)
         except RequestError as error:
-            self._refused.append(
-                TokensEvent(request_id=message.request_id, finish_reason="error", error=str(error))
+            event = TokensEvent(
+                request_id=message.request_id,
+                finish_reason="error",
+                error=error.message,
+                refusal=Refusal.of(error),
             )
+            self._refused.append(event)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests without an event; unknown ids are ignored."""

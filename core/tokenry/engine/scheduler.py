@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from tokenry.engine.block_manager import BlockManager, block_hash, root_hash
 from tokenry.engine.limits import Counters, EngineLimits
 from tokenry.engine.request import Request, Status
-from tokenry.errors import RequestError
+from tokenry.errors import Refusal, RequestError
 from tokenry.messages import AddRequest, FinishReason, TokensEvent
 from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult
 
@@ -169,7 +169,8 @@ class Scheduler:
                 # nobody is less urgent: it gives up its own blocks, or nobody else holds any and it
                 # can never go on
                 if len(self._running) == 1:
-                    self._fail(request, self._too_large(request, request.num_computed + num_new))
+                    too_large = self._too_large(request.num_computed + num_new)
+                    self._fail(request, too_large.message, too_large)
                 else:
                     self._preempt(request)
                 preempted = True
@@ -194,7 +195,8 @@ class Scheduler:
                 break  # preempted with a token in flight: the runner must be told all tokens
             needed = self.blocks.num_blocks_for(len(request.tokens))
             if needed > self.blocks.num_usable:
-                self._fail(request, self._too_large(request, len(request.tokens)))
+                too_large = self._too_large(len(request.tokens))
+                self._fail(request, too_large.message, too_large)
                 continue
             prefix, hashes = self._find_prefix(request)
             num_cached = len(prefix) * self.limits.block_size
@@ -313,16 +315,18 @@ class Scheduler:
         request.block_hashes = []
         self._forget.append(request.request_id)
 
-    def _fail(self, request: Request, error: str) -> None:
+    def _fail(self, request: Request, error: str, refusal: Refusal | None = None) -> None:
         self._end(request)
-        self._emit(request, finish_reason="error", error=error)
+        self._emit(request, finish_reason="error", error=error, refusal=refusal)
 
-    def _too_large(self, request: Request, num_tokens: int) -> str:
+    def _too_large(self, num_tokens: int) -> Refusal:
         blocks, size = self.blocks, self.limits.block_size
-        return (
-            f"The request needs {blocks.num_blocks_for(num_tokens)} KV blocks of {size} tokens "
-            f"for its {num_tokens} tokens, the KV cache has {blocks.num_usable}.\n"
-            "  mend: a lower --max-model-len, or more memory for the KV cache (--memory-fraction)"
+        return Refusal(
+            message=f"The request needs {blocks.num_blocks_for(num_tokens)} KV blocks of {size} "
+            f"tokens for its {num_tokens} tokens, the KV cache has {blocks.num_usable}.",
+            param="prompt",
+            code="context_length_exceeded",
+            mend="a shorter prompt or answer, or more memory for the KV cache (--memory-fraction)",
         )
 
     # ---- what a step gave --------------------------------------------------------------------
@@ -341,7 +345,7 @@ class Scheduler:
             if request.status is Status.ENDED:
                 continue
             if row.error is not None:
-                self._fail(request, row.error)
+                self._fail(request, row.error, row.refusal)
                 continue
             if planned.row.sample:
                 request.num_pending = int(id(request) in sampled_again)

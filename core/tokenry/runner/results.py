@@ -136,11 +136,10 @@ class PartialStep:
         lessons: list[tuple[RequestState, tuple[int, ...]]] = []
         for i, row in enumerate(self._plan.rows):
             error = self._errors.get(row.request_id)
-            if isinstance(error, Refusal):
-                results.append(RowResult(request_id=row.request_id, refusal=error))
-                continue
             if error is not None:
-                results.append(RowResult(request_id=row.request_id, error=error))
+                refusal = error if isinstance(error, Refusal) else None
+                text = error.message if isinstance(error, Refusal) else error
+                results.append(RowResult(request_id=row.request_id, error=text, refusal=refusal))
                 continue
             token_ids = (token_of[i],) if i in token_of else ()
             if token_ids:

@@ -16,11 +16,12 @@ from typing import Literal
 
 import msgspec
 
-from tokenry.errors import ContextLengthExceeded, RequestError, StepFailed, TokenryError
-from tokenry.messages import AddRequest, TokensEvent
+from tokenry.errors import RequestError, StepFailed, TokenryError
+from tokenry.messages import AddRequest, RequestLimits, TokensEvent
 from tokenry.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from tokenry.params import SamplingParams, check_whole
+from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
+from tokenry.text.admission import Admission
 from tokenry.text.detokenizer import make_detokenizer
 from tokenry.text.stops import StopStrings
 from tokenry.text.tokenizer import Tokenizer
@@ -55,14 +56,24 @@ class OutputProcessor:
 
     vocab_size   ids at or above are refused; without it what config.json beside the tokenizer says,
                  else the tokenizer's.
+    limits       what else the engine refuses.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_model_len: int, vocab_size: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_model_len: int,
+        vocab_size: int | None = None,
+        limits: RequestLimits | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._vocab_size = vocab_size or tokenizer.model_vocab_size or tokenizer.vocab_size
+        self._admit = Admission(
+            tokenizer,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size or tokenizer.model_vocab_size or tokenizer.vocab_size,
+            limits=limits or RequestLimits(),
+        )
         self._requests: dict[str, RequestState] = {}
 
     def __contains__(self, request_id: object) -> bool:
@@ -96,24 +107,15 @@ class OutputProcessor:
             raise RequestError(
                 f"A request with the id {request_id!r} is running.", param="request_id"
             )
-        validate(
-            prompt_ids,
-            params,
-            max_model_len=self._max_model_len,
-            vocab_size=self._vocab_size,
-            param=param,
-        )
-        if not params.spaces_between_special_tokens and self._tokenizer.puts_spaces:
-            raise RequestError(
-                "This tokenizer's decoder puts spaces between all tokens.",
-                param="spaces_between_special_tokens",
-            )
-        words = tokenize_bad_words(params.bad_words, self._tokenizer)
-        for word in words:
-            _check_ids("bad_words", word, self._vocab_size)
-        params = complete_params(params, words, self._max_model_len - len(prompt_ids))
+        params = self._admit(prompt_ids, params, priority=priority, param=param)
         state = RequestState(
-            request_id, tuple(prompt_ids), params, self._tokenizer, prompt=prompt, kind=kind
+            request_id,
+            tuple(prompt_ids),
+            params,
+            self._tokenizer,
+            prompt=prompt,
+            kind=kind,
+            param=param,
         )
         self._requests[request_id] = state
         return [
@@ -137,7 +139,7 @@ class OutputProcessor:
             return None
         if event.finish_reason == "error":
             del self._requests[request_id]
-            error = StepFailed(event.error or "The engine could not compute this request.")
+            error = state.error_of(event)
             return Update(request_id=request_id, error=error, abort=state.unfinished(int(index)))
         update = state.update(int(index), event)
         if state.finished:
@@ -170,8 +172,10 @@ class RequestState:
         *,
         prompt: str | None,
         kind: OutputKind,
+        param: str,
     ) -> None:
         self.request_id = request_id
+        self._param = param
         self.prompt_ids = prompt_ids
         self._prompt = prompt
         self._kind = kind
@@ -196,6 +200,15 @@ class RequestState:
             for child in self._children
             if child.finish_reason is None and child.index != but
         )
+
+    def error_of(self, event: TokensEvent) -> TokenryError:
+        """Why the engine ended the request; what it calls "prompt" has a name of its own here."""
+        refusal = event.refusal
+        if refusal is None:
+            return StepFailed(event.error or "The engine could not compute this request.")
+        error = refusal.error()
+        error.param = self._param if error.param == "prompt" else error.param
+        return error
 
     def update(self, index: int, event: TokensEvent) -> Update | None:
         """What the event of one child means to the request."""
@@ -323,65 +336,6 @@ class _Completion:
 def child_id(request_id: str, index: int) -> str:
     """Id of a request's completion inside the engine."""
     return f"{request_id}#{index}"
-
-
-def validate(
-    prompt_ids: Sequence[int],
-    params: SamplingParams,
-    *,
-    max_model_len: int,
-    vocab_size: int,
-    param: str = "prompt",
-) -> None:
-    """Raises RequestError (ContextLengthExceeded) if the request cannot be served; `param` is the
-    prompt's field.
-    """
-    if not prompt_ids:
-        raise RequestError("The prompt is empty: it has no token.", param=param)
-    check_whole(param, prompt_ids)
-    if len(prompt_ids) >= max_model_len:
-        raise ContextLengthExceeded(
-            max_model_len=max_model_len, num_prompt_tokens=len(prompt_ids), param=param
-        )
-    _check_ids(param, prompt_ids, vocab_size)
-    _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
-    _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
-    _check_ids("logit_bias", tuple(params.logit_bias or ()), vocab_size)
-    for word in params.bad_words_ids:
-        _check_ids("bad_words_ids", word, vocab_size)
-    if params.stop and not params.detokenize:
-        raise RequestError("Stop strings need the text: detokenize is false.", param="stop")
-
-
-def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise RequestError(
-            f"{name} has the token id {wrong}, the model's ids are 0 to {vocab_size - 1}.",
-            param=name,
-        )
-
-
-def complete_params(
-    params: SamplingParams, bad_words_ids: Sequence[tuple[int, ...]], num_remaining: int
-) -> SamplingParams:
-    """Params with what the engine cannot know: room for the answer, and bad words as token ids."""
-    asked = params.max_tokens
-    max_tokens = num_remaining if asked is None else min(asked, num_remaining)
-    ids = (*params.bad_words_ids, *bad_words_ids)
-    return msgspec.structs.replace(params, max_tokens=max_tokens, bad_words_ids=ids)
-
-
-def tokenize_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each word at the beginning of a text and after a space."""
-    found: dict[tuple[int, ...], None] = {}
-    for word in words:
-        for text in (word.lstrip(), " " + word.lstrip()):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            if not word.strip() or not ids:
-                raise RequestError("A bad word must hold more than spaces.", param="bad_words")
-            found[ids] = None
-    return tuple(found)
 
 
 def logprobs_dict(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
