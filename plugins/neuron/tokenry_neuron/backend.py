@@ -72,9 +72,9 @@ class NeuronBackend(Backend):
         held = vendor.connect(variables)
         log.info("neuron: %s", ", ".join(f"{k}={v}" for k, v in held.items()))
         self._check_total()
-        self.cache = ProgramCache(cache_dir, Path(held["TORCH_NEURONX_NEFF_CACHE_DIR"]))
+        cache = ProgramCache(cache_dir, Path(held["TORCH_NEURONX_NEFF_CACHE_DIR"]))
         self.programs = ProgramMaker(
-            self.cache, self._common_facts(), require_compiled=options.require_compiled
+            cache, self._common_facts(), require_compiled=options.require_compiled
         )
         self._weight_bytes = 0
         self._model_facts: dict[str, Any] = {}
@@ -163,7 +163,7 @@ class NeuronBackend(Backend):
         self._weight_bytes = 0
         for name, tensor in weights:
             self._weight_bytes += tensor.numel() * getattr(torch, dtype).itemsize
-            shapes.append(f"{name} {vendor.signature([tensor])[0]}")
+            shapes.append(f"{name} {vendor.signature(tensor)}")
             yield name, tensor
 
     def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:

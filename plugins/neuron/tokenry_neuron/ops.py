@@ -170,12 +170,12 @@ class Sample(ReferenceOp):
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
         """[R] int32, see `reference.Sample`."""
         if inputs.all_greedy:
-            return self._maker.sampler("greedy", greedy, (logits,))
+            return self._maker.sampler(greedy, logits)
         given = (logits, inputs.temperature, inputs.uniform)
         if not inputs.any_filter:
-            return self._maker.sampler("plain", draw, given)
+            return self._maker.sampler(draw, *given)
         filters = (inputs.top_k, inputs.top_p, inputs.min_p)
-        return self._maker.sampler("filtered", draw_filtered, (*given, *filters))
+        return self._maker.sampler(draw_filtered, *given, *filters)
 
 
 def greedy(logits: Tensor) -> Tensor:

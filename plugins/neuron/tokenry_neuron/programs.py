@@ -2,13 +2,13 @@
 the cache, and never compiled again.
 
 In: functions and example inputs. Out: the same functions as programs. A program that meets other
-shapes than its own raises; a program that is not in the cache raises if it must be there.
+shapes than its own raises; so does one that is not in the cache, if it must be there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from tokenry.backend.base import Program, StepBatch
-from tokenry.backend.contract import Bucket
 from tokenry.errors import BackendError, DeviceOOM, UncoveredShape
 from tokenry_neuron import vendor
 from tokenry_neuron.cache import Facts, ProgramCache
 
 log = logging.getLogger(__name__)
-
-Tensors = tuple[Tensor, ...]
-TENSOR_FIELDS = tuple(f.name for f in fields(StepBatch) if f.name not in ("bucket", "extra"))
+TENSORS = tuple(f.name for f in fields(StepBatch) if f.name not in ("bucket", "extra"))
 
 
 class ProgramMaker:
@@ -39,39 +36,34 @@ class ProgramMaker:
         self._common = common
         self._require = require_compiled
         self._samplers: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
-        self.made = 0
-        self.compiled = 0
+        self.made = self.compiled = 0
 
     def step(self, step: Program, example: StepBatch, facts: Facts) -> Program:
         """The step of a bucket as a program."""
-        bucket = example.bucket
-        tensors = _tensors(example)
+        bucket, shapes = example.bucket, _shapes(example)
 
         def run(batch: StepBatch) -> Tensor:
             return step(batch)
 
-        inputs = dict(zip(tensors, vendor.signature(tuple(tensors.values())), strict=True))
-        what = {"program": f"step {describe(bucket)}", "inputs": inputs, **facts}
+        what = {"program": str(bucket), "inputs": shapes, **facts}
         program = self._make(run, (example,), what)
-        shapes = {name: t.shape for name, t in tensors.items()}
 
         def guarded(batch: StepBatch) -> Tensor:
-            if batch.bucket != bucket or {n: t.shape for n, t in _tensors(batch).items()} != shapes:
-                raise UncoveredShape(
-                    f"The program of {describe(bucket)} was given {describe(batch.bucket)}."
-                )
+            if batch.bucket != bucket or _shapes(batch) != shapes:
+                raise UncoveredShape(f"The program of {bucket} was given {batch.bucket}.")
             return program(batch)
 
         return guarded
 
-    def sampler(self, kind: str, function: Callable[..., Tensor], inputs: Tensors) -> Tensor:
-        """A draw by the program for this kind and these shapes; made when it is first met, which
-        is in the warm-up.
+    def sampler(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """A draw by the program of this function and these shapes; it is made when it is first
+        met, which is in the warm-up.
         """
-        key = (kind, *(t.shape for t in inputs))
+        key = (function, *(t.shape for t in inputs))
         program = self._samplers.get(key)
         if program is None:
-            what = {"program": f"sample {kind}", "inputs": vendor.signature(inputs)}
+            shapes = [vendor.signature(t) for t in inputs]
+            what = {"program": f"sampler {function.__name__}", "inputs": shapes}
             program = self._samplers[key] = self._make(function, inputs, what)
         return program(*inputs)
 
@@ -79,51 +71,37 @@ class ProgramMaker:
         self, function: Callable[..., Tensor], inputs: tuple[Any, ...], what: Facts
     ) -> Callable[..., Tensor]:
         facts = {**self._common, **what}
-        known = self._cache.find(facts)
-        if known is None and self._require:
-            raise self._refusal(facts, self._cache.explain_miss(facts))
+        known = self._cache.has(facts)
+        if self._require and not known:
+            raise _missing(facts, self._cache.explain_miss(facts))
         before = self._cache.files()
-        program: Callable[..., Tensor] = torch.inference_mode()(
-            vendor.compiled(function, digest_name(what["program"]))
-        )  # always in the mode in which steps run: another one would be another program
+        # always in the mode in which steps run: another one would be another program
+        program: Callable[..., Tensor] = torch.inference_mode()(vendor.compiled(function))
         try:
             program(*inputs)
             vendor.device_module().synchronize()
         except torch.OutOfMemoryError as error:
-            raise DeviceOOM(f"No memory for the program {what['program']}: {error}") from error
+            raise DeviceOOM(f"No memory for the program {facts['program']}: {error}") from error
         fresh = self._cache.files() - before
         self.made += 1
-        if known is not None and not fresh:
+        if known and not fresh:
             return program
         if self._require:
-            raise self._refusal(facts, f"the compiler made {len(fresh)} files although it is there")
+            raise _missing(facts, f"the compiler made {len(fresh)} files although it is listed")
         self.compiled += 1
-        self._cache.store(facts, known.files if known and not fresh else fresh)
+        self._cache.store(facts, fresh)
+        log.info("compiled %s (%d files)", facts["program"], len(fresh))
         return program
 
-    def _refusal(self, facts: Facts, why: str) -> BackendError:
-        return BackendError(
-            f"The program {facts['program']} is not in the cache, and require_compiled is set: "
-            f"{why}.",
-            mend="run `tokenry compile` with the same model, options and package versions, or "
-            "leave out require_compiled",
-        )
 
-
-def describe(bucket: Bucket) -> str:
-    """A bucket in words."""
-    return (
-        f"{bucket.phase} seqs={bucket.seqs} tokens={bucket.tokens} kv_blocks={bucket.kv_blocks} "
-        f"logits={bucket.logits}"
+def _missing(facts: Facts, why: str) -> BackendError:
+    return BackendError(
+        f"The program {facts['program']} is not in the cache (require_compiled=true): {why}.",
+        mend="tokenry compile with the same model, options and versions, or no require_compiled",
     )
 
 
-def digest_name(program: str) -> str:
-    """A program's name as an identifier, for the compiler's logs."""
-    return "".join(c if c.isalnum() else "_" for c in program)
-
-
-def _tensors(batch: StepBatch) -> Mapping[str, Tensor]:
-    """All tensors of a batch by name."""
-    named = {name: getattr(batch, name) for name in TENSOR_FIELDS}
-    return {**named, **{f"extra.{name}": t for name, t in batch.extra.items()}}
+def _shapes(batch: StepBatch) -> dict[str, str]:
+    """Dtype and shape of every tensor of a batch."""
+    named = {name: getattr(batch, name) for name in TENSORS} | dict(batch.extra)
+    return {name: vendor.signature(tensor) for name, tensor in named.items()}

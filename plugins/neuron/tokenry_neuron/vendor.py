@@ -1,19 +1,17 @@
-"""All that this plugin uses of the vendor's software, each with its signature and source, and the
-few calls through which the other files reach it.
+"""All that this plugin uses of the vendor's software, with signatures and sources, and the few
+calls through which the other files reach it.
 
 In: variables to be set. Out: the loaded package, memory in use, versions. Knows nothing of models.
-`SYMBOLS` and `VARIABLES` are the whole list; `missing()` compares it with what is installed.
-Sources: "reference" = the vendor's torch.compile backend reference and environment variables pages
-(SDK 2.33); "module" = the public source of the device module `torch.neuron`; "plugin" = the
-vendor's own serving plugin for vLLM.
+Sources: "reference" = the vendor's pages on the torch.compile backend and on environment variables
+(SDK 2.33); "module" = the public source of `torch.neuron`; "plugin" = the vendor's own serving
+plugin and its design notes. Nothing here has met the vendor's package: see README.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,40 +21,23 @@ from torch import Tensor
 from tokenry.errors import BackendError
 from tokenry_neuron import INSTALL, PACKAGE
 
-DEVICE = "neuron"
-COMPILER = "neuron"
-"""The device type and the name of the torch.compile backend."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Symbol:
-    """A function or attribute of the vendor, as it is called here."""
-
-    path: str
-    signature: str
-    source: str
-
-
-SYMBOLS = (
-    Symbol(path="torch.neuron.synchronize", signature="(device=None) -> None", source="module"),
-    Symbol(path="torch.neuron.memory_allocated", signature="(device=None) -> int", source="module"),
-    Symbol(
-        path="torch.neuron.get_device_properties",
-        signature="(device=None) -> object with total_memory: int",
-        source="module",
-    ),
-)
+DEVICE = COMPILER = "neuron"
+SYMBOLS: Mapping[str, str] = {
+    "torch.neuron.synchronize": "(device=None) -> None; module",
+    "torch.neuron.memory_allocated": "(device=None) -> int; module",
+    "torch.neuron.get_device_properties": "(device=None) -> .total_memory: int; module",
+}
+"""Functions. Beside them torch.compile(backend="neuron", fullgraph=True, dynamic=False); reference.
+"""
 VARIABLES: Mapping[str, str] = {
-    "TORCH_NEURONX_NEFF_CACHE_DIR": "where compiled graphs are kept; reference",
-    "TORCH_NEURONX_COMPILE_ONLY": "1: compile without a device; plugin",
-    "TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION": "1: a failed program raises; reference",
+    "TORCH_NEURONX_NEFF_CACHE_DIR": "directory of compiled graphs; plugin",
+    "TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION": "1: a program that fails raises; reference",
     "TORCH_NEURONX_DYNAMO_DISABLE_CPU_AUTOCOPY": "1: host tensors raise; reference",
+    "TORCH_NEURONX_COMPILE_ONLY": "1: compile without a device; plugin",
     "NEURON_PLATFORM_TARGET_OVERRIDE": "chip to compile for without a device; plugin",
-    "NEURON_CC_FLAGS": "flags of the compiler, read only; reference",
-    "NEURON_COMPILER_OPT_LEVEL": "level of the compiler, read only; plugin",
-    "NEURON_LOGICAL_NC_CONFIG": "physical cores of a logical one, read only; plugin",
 }
 READ_ONLY = ("NEURON_CC_FLAGS", "NEURON_COMPILER_OPT_LEVEL", "NEURON_LOGICAL_NC_CONFIG")
+"""Variables of the user that change what is compiled; reference, plugin."""
 
 
 def connect(variables: Mapping[str, str]) -> dict[str, str]:
@@ -68,9 +49,8 @@ def connect(variables: Mapping[str, str]) -> dict[str, str]:
     try:
         importlib.import_module(PACKAGE)
     except ImportError as error:
-        raise BackendError(
-            f"torch-neuronx cannot be imported: {' '.join(str(error).split())}.", mend=INSTALL
-        ) from error
+        text = " ".join(str(error).split())
+        raise BackendError(f"torch-neuronx cannot be imported: {text}.", mend=INSTALL) from error
     lacking = missing()
     if lacking:
         raise BackendError(
@@ -82,18 +62,12 @@ def connect(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def missing() -> list[str]:
-    """Symbols that the installed package lacks, and the compiler if it is not registered."""
-    lacking = [symbol.path for symbol in SYMBOLS if not _has(symbol.path)]
+    """What the installed package lacks of `SYMBOLS` and the compiler."""
+    module = getattr(torch, DEVICE, None)
+    lacking = [s for s in SYMBOLS if not callable(getattr(module, s.rpartition(".")[2], None))]
     if COMPILER not in torch.compiler.list_backends(exclude_tags=()):
         lacking.append(f"torch.compile(backend={COMPILER!r})")
     return lacking
-
-
-def _has(path: str) -> bool:
-    found: Any = torch
-    for name in path.split(".")[1:]:
-        found = getattr(found, name, None)
-    return callable(found)
 
 
 def device_module() -> Any:
@@ -103,9 +77,8 @@ def device_module() -> Any:
 
 def used_bytes() -> int:
     """What tensors hold of the device now. The allocator is asynchronous, so it is waited for."""
-    module = device_module()
-    module.synchronize()
-    return int(module.memory_allocated())
+    device_module().synchronize()
+    return int(device_module().memory_allocated())
 
 
 def total_bytes() -> int:
@@ -113,39 +86,37 @@ def total_bytes() -> int:
     return int(device_module().get_device_properties().total_memory)
 
 
-def compiled(function: Any, name: str) -> Any:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as one static graph of the vendor's compiler, made when it is first called; other
     shapes raise instead of a second compilation.
     """
-    return torch.compile(  # type: ignore[call-overload]  # torch 2.13 types only some of them
+    made: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # untyped arguments
         function,
         backend=COMPILER,
         fullgraph=True,
         dynamic=False,
-        name=name,
         isolate_recompiles=True,
         recompile_limit=1,
     )
+    return made
+
+
+def signature(tensor: Tensor) -> str:
+    """Dtype and shape, all that a program depends on."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def versions() -> dict[str, str]:
-    """Of everything that makes or runs a program; "-" where it is not installed."""
-    names = ("tokenry", "tokenry-neuron", "torch", "torch-neuronx", "neuronx-cc")
-    return {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "-"
+    """Of all that makes or runs a program, "-" where it is not installed."""
+    found = {}
+    for name in ("tokenry", "tokenry-neuron", "torch", "torch-neuronx", "neuronx-cc"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "-"
+    return found
 
 
 def compiler_settings() -> dict[str, str]:
     """The user's variables that change what is compiled."""
     return {name: os.environ.get(name, "") for name in READ_ONLY}
-
-
-def signature(tensors: Sequence[Tensor]) -> list[str]:
-    """Dtype and shape of each, as the compiler sees them."""
-    return [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors]
