@@ -2,5 +2,6 @@
 #include "device.cpp"
 #include "fallback.cpp"
 #include "graph.cpp"
+#include "hooks.cpp"
 
 #include "abi.cpp"

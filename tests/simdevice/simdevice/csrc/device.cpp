@@ -269,6 +269,7 @@ void start(c10::DeviceType type, const std::string& name) {
                                              : c10::DispatchKey::PrivateUse1;
   c10::SetAllocator(type, &allocator);
   static c10::impl::DeviceGuardImplRegistrar guard_registrar(type, &guard);
+  register_hooks();
   // libraries live as long as the process: operators stay registered
   static torch::Library every(torch::Library::IMPL, "_", device.key, __FILE__, __LINE__);
   every.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());

@@ -20,9 +20,9 @@ Name name_of(const c10::OperatorHandle& op) {
 
 // the shape of the result, or a host value, depends on the data
 const std::unordered_set<Name> kShapeReads = {
-    "aten::nonzero",      "aten::masked_select",      "aten::_unique",           "aten::_unique2",
-    "aten::unique_dim",   "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::bincount",
-    "aten::equal",        "aten::nonzero.out",        "aten::masked_select.out"};
+    "aten::nonzero",     "aten::masked_select",      "aten::_unique", "aten::_unique2",
+    "aten::unique_dim",  "aten::unique_consecutive", "aten::equal",   "aten::unique_dim_consecutive",
+    "aten::bincount"};
 
 // operators that are made to read several floating dtypes
 bool mixes_dtypes(const Name& name) {
@@ -34,11 +34,11 @@ bool mixes_dtypes(const Name& name) {
 bool is_mask(const at::Tensor& t) { return t.defined() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte); }
 
 // indexing by a mask is a nonzero in disguise, unless one value is written (then it is a masked_fill)
-bool reads_shape(const Name& name, const torch::jit::Stack& args) {
-  if (kShapeReads.count(name) > 0) return true;
-  if (name == "aten::repeat_interleave.Tensor") return args.back().isNone();
-  const bool writes = name.rfind("aten::index_put", 0) == 0 || name.rfind("aten::_index_put_impl", 0) == 0;
-  if (!writes && name != "aten::index.Tensor") return false;
+bool reads_shape(const Name& schema, const torch::jit::Stack& args) {
+  if (kShapeReads.count(schema) > 0) return true;
+  if (schema == "aten::repeat_interleave") return args.back().isNone();
+  const bool writes = schema == "aten::index_put" || schema == "aten::index_put_" || schema == "aten::_index_put_impl_";
+  if (!writes && schema != "aten::index") return false;
   if (writes && args[2].toTensor().numel() == 1) return false;
   for (const std::optional<at::Tensor>& index : args[1].toOptionalTensorVector())
     if (index && is_mask(*index)) return true;
@@ -120,6 +120,7 @@ struct Aliases {
         out.push_back(t ? std::optional<at::Tensor>(to_host(*t)) : t);
       return out;
     }
+    if (value.isGenerator()) return host_generator(value.toGenerator());
     if (value.isDevice() && value.toDevice().type() == device.type) return c10::Device(c10::kCPU);
     return value;
   }
@@ -186,7 +187,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t num_args = op.schema().arguments().size();
   torch::jit::Stack args(stack->end() - static_cast<int64_t>(num_args), stack->end());
   check_operands(op, name, args);
-  if (reads_shape(name, args)) {
+  if (reads_shape(op.schema().name(), args)) {
     note_sync(counters.shape_reads, name + ", whose result shape or value the host must know,");
     flush_recipe(name.c_str());
   }

@@ -3,6 +3,7 @@
 
 #include "state.h"
 
+#include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -20,6 +21,8 @@ at::Tensor to_device(const at::Tensor& host);     // a copy, counted as device m
 void poison(void* data, size_t bytes);            // as fresh memory
 void note_kernel(const std::string& name);        // counts one kernel
 
+at::Generator host_generator(const at::Generator& generator);  // the CPU generator behind a device's
+void register_hooks();
 void start(c10::DeviceType type, const std::string& name);
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 
