@@ -85,10 +85,12 @@ def assemble(
         raise ConfigError(f"The {device.backend} backend does not compile ahead of time.")
     changes = _changes(config, backend.caps)
     config = apply_changes(config, changes)
+    config, context, fitted = _fit_step(config, checkpoint.max_len)
+    changes += fitted
     spec = load_spec(
         path,
         dtype=pick_dtype(config.dtype, checkpoint.dtype, backend.caps),
-        max_model_len=config.max_model_len,
+        max_model_len=context,
         dummy=config.load_format == "dummy",
         trust_remote_code=config.trust_remote_code,
     )
@@ -148,6 +150,30 @@ def _changes(config: EngineConfig, caps: Caps) -> list[Change]:
         why = "the device cannot take the next step's tokens from the last one"
         changes.append(Change(field="overlap", value=False, why=why))
     return changes
+
+
+def _fit_step(
+    config: EngineConfig, model_len: int
+) -> tuple[EngineConfig, int | None, list[Change]]:
+    """The config, the longest context (None: the model's), and what was changed. Without chunks a
+    request must fit one step, also when it comes back with its answer after a preemption.
+
+    A context that was asked for widens the step; without one the context is fitted to the step, for
+    the memory of a step, and on static devices its programs, grow with it.
+    """
+    context, budget = config.max_model_len, config.max_num_batched_tokens
+    if config.enable_chunked_prefill or (context or model_len) <= budget:
+        return config, context, []
+    if context is not None:
+        why = "without chunked prefill a request of max_model_len must fit one step"
+        changes = [Change(field="max_num_batched_tokens", value=context, why=why)]
+        return apply_changes(config, changes), context, changes
+    why = (
+        f"without chunked prefill a request must fit one step of {budget} tokens; the model has "
+        f"{model_len}: --max-model-len for more"
+    )
+    # not applied: a max_model_len in the config is one that must not be fitted to memory
+    return config, budget, [Change(field="max_model_len", value=budget, why=why)]
 
 
 def _runner_config(config: EngineConfig) -> RunnerConfig:

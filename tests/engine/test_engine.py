@@ -210,17 +210,24 @@ def test_a_request_that_can_never_run_is_answered_at_once(message, text):
     assert (refusal.param, refusal.status) == ("prompt", 400)
 
 
-def test_a_prompt_that_fits_no_step_is_refused_with_the_flag_that_helps():
-    engine = EngineCore(
-        limits(chunked_prefill=False, max_num_batched_tokens=16, max_num_seqs=4), OracleRunner(4)
-    )
-    engine.add(request("long", [3] * 20))
-    engine.add(request("fine", [5] * 6))
+def test_without_chunks_a_preempted_request_comes_back_in_one_step():
+    runner = OracleRunner(4)
+    settings_ = limits(
+        chunked_prefill=False, prefix_caching=False, num_blocks=12, max_num_seqs=4,
+        max_num_batched_tokens=32, max_model_len=32,
+    )  # fmt: skip
+    engine = EngineCore(settings_, runner)
+    messages = [request(f"w{i}", [2 + i] * 9, max_tokens=20) for i in range(3)]
+    for message in messages:
+        engine.add(message)
     events = drain(engine)
-    refusal = events["long"][-1].refusal
-    assert refusal.error().param == "prompt"
-    assert "--max-num-batched-tokens 20" in str(refusal.error())
-    assert tokens_of(events["fine"]) == expected(request("fine", [5] * 6))
+    assert engine.stats().num_preemptions > 0
+    rows = [row for plan in runner.plans for row in plan.rows]
+    assert max(row.num_new for row in rows) > 9, "nobody came back with its answer"
+    assert all(row.num_computed == 0 for row in rows if row.num_new > 1)
+    assert runner.most_tokens <= 32
+    for message in messages:
+        assert tokens_of(events[message.request_id]) == expected(message, 32)
 
 
 def test_prompt_scores_come_whole_across_chunks_and_preemptions():

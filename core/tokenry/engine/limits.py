@@ -21,6 +21,11 @@ class EngineLimits:
     overlap: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        assert self.chunked_prefill or self.max_num_batched_tokens >= self.max_model_len, (
+            "without chunks a step must hold a whole request: a preempted one is computed anew"
+        )
+
 
 @dataclass(slots=True)
 class Counters:

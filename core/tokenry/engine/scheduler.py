@@ -85,13 +85,6 @@ class Scheduler:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if not limits.chunked_prefill and num_prompt > limits.max_num_batched_tokens:
-            raise RequestError(
-                f"The prompt has {num_prompt} tokens, a step has {limits.max_num_batched_tokens}, "
-                "and chunked prefill is off.",
-                param="prompt",
-                mend=f"--max-num-batched-tokens {num_prompt}, or --enable-chunked-prefill",
-            )
         self._arrivals += 1
         urgency = (
             message.priority * AGING_STEPS + self.counters.steps
@@ -201,7 +194,8 @@ class Scheduler:
             prefix, hashes = self._find_prefix(request)
             num_cached = len(prefix) * self.limits.block_size
             num_new = len(request.tokens) - num_cached
-            if num_new > budget and not self.limits.chunked_prefill and planned:
+            if num_new > budget and not self.limits.chunked_prefill:
+                assert planned, "limits: a whole request fits an empty step"
                 break
             if self.blocks.num_takable_after(prefix) - reserved < needed - len(prefix):
                 break
