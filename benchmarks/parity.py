@@ -79,7 +79,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {}),
     "fallback (stablelm)": ("StableLmConfig", {}),
 }
-BACKENDS = ("cpu", "sim-cuda", "sim-hpu", "sim-neuron", "sim-opaque")
+BACKENDS = ("cpu", "sim-cuda", "sim-hpu", "sim-neuron", "sim-whole", "sim-opaque")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

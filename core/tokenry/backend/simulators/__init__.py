@@ -20,6 +20,7 @@ SIMULATORS: Mapping[str, str] = {
     "sim-cuda": "dynamic shapes, decode captured and replayed at fixed addresses",
     "sim-hpu": "static shapes, one prefill at a time, KV bucketed by total blocks",
     "sim-neuron": "static shapes, KV baked into programs, planned without the device",
+    "sim-whole": "as sim-neuron, but a prompt is one step: no chunks, no cached beginning",
     "sim-opaque": "tensors that show no value in a step",
 }
 """They run everywhere and are never chosen by themselves."""
@@ -32,6 +33,7 @@ def open_simulator(device: DeviceRef, options: Mapping[str, str]) -> Backend:
     from tokenry.backend.simulators.capture import SimCapture
     from tokenry.backend.simulators.opaque import SimOpaque
     from tokenry.backend.simulators.static import SimBaked, SimTotal
+    from tokenry.backend.simulators.whole import SimWhole
 
     memory = options.get("memory", DEFAULT_MEMORY)
     if not memory.isdecimal():
@@ -40,6 +42,7 @@ def open_simulator(device: DeviceRef, options: Mapping[str, str]) -> Backend:
         "sim-cuda": SimCapture,
         "sim-hpu": SimTotal,
         "sim-neuron": SimBaked,
+        "sim-whole": SimWhole,
         "sim-opaque": SimOpaque,
     }
     return kinds[device.backend](int(memory))
