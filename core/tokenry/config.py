@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -97,9 +98,10 @@ class EngineConfig:
     seed: int = _f("seeds the requests that bring no seed of their own", 0)
 
     def __post_init__(self) -> None:
-        _positive(self, "max_num_seqs", "max_num_batched_tokens")
+        _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens")
+        _at_least(self, 0, "device_index")
         sizes = ("max_model_len", "kv_cache_bytes", "num_kv_blocks", "block_size", "max_programs")
-        _positive(self, *sizes, optional=True)
+        _at_least(self, 1, *sizes)
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(
                 f"memory_fraction is {self.memory_fraction}, it must lie in (0, 1].",
@@ -153,6 +155,13 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, it must lie in 0..65535.", mend="--port 8000")
+        _at_least(self, 1, "max_body_bytes")
+        _at_least(self, 0, "max_waiting", "drain_timeout_s")
+        if not 0 < self.keep_alive_s < math.inf:
+            raise ConfigError(
+                f"keep_alive_s is {self.keep_alive_s}, it must be more than 0 and finite.",
+                mend="--keep-alive-s 15",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +173,9 @@ class Change:
     field: str
     value: Any
     why: str
+
+
+_CONFIGS = (EngineConfig, ServerConfig)
 
 
 def apply_changes(config: EngineConfig, changes: Sequence[Change]) -> EngineConfig:
@@ -214,6 +226,7 @@ def load(
     names = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     environ = os.environ if environ is None else environ
+    _check_variables(environ)
     for name in sorted(names):
         variable = ENV_PREFIX + name.upper()
         if environ.get(variable):
@@ -238,11 +251,25 @@ def load(
         raise ConfigError(f"{cls.__name__}: {error}.", mend="name the model") from error
 
 
+def _check_variables(environ: Mapping[str, str]) -> None:
+    """Every TOKENRY_* variable belongs to some config; a mistyped one would mean nothing, in
+    silence.
+    """
+    known = {ENV_PREFIX + f.name.upper() for c in _CONFIGS for f in dataclasses.fields(c)}
+    for variable in sorted(environ):
+        if variable.startswith(ENV_PREFIX) and variable not in known:
+            near = difflib.get_close_matches(variable, known, n=1)
+            raise ConfigError(
+                f"The environment has {variable}, and there is no such option.",
+                mend=f"did you mean {near[0]}?" if near else f"unset {variable}",
+            )
+
+
 def check_file_keys(file: str) -> None:
     """Every key of the YAML file belongs to some config; raises ConfigError with the nearest name
     otherwise.
     """
-    known = {f.name for c in (EngineConfig, ServerConfig) for f in dataclasses.fields(c)}
+    known = {f.name for c in _CONFIGS for f in dataclasses.fields(c)}
     for key in _read_file(file):
         if key.replace("-", "_") not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
@@ -297,7 +324,7 @@ def _convert(cls: type, name: str, value: Any, *, where: str) -> Any:
             return _to_int(value)
         if kind.type is float:
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # int(inf) overflows
         raise ConfigError(f"{where}: {value!r} is not a {kind.type.__name__}.") from None
     text = str(value)
     if kind.choices and text not in kind.choices:
@@ -356,10 +383,10 @@ def _read_file(file: str) -> dict[str, Any]:
     return data
 
 
-def _positive(config: Any, *names: str, optional: bool = False) -> None:
+def _at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if (value is None and not optional) or (value is not None and value < 1):
+        if value is not None and not least <= value < math.inf:
             raise ConfigError(
-                f"{name} is {value}, it must be at least 1.", mend=f"{flag_of(name)} N"
+                f"{name} is {value}, it must be at least {least}.", mend=f"{flag_of(name)} N"
             )
