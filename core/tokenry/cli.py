@@ -1,4 +1,4 @@
-"""The command line: serve, generate, chat, devices, compile, bench, version.
+"""The command line: serve, generate, chat, devices, compile, bench, conform, version.
 
 In: argv, a YAML file, TOKENRY_* variables. Out: an exit code: 0, 1 (it failed) or 2 (it was called
 wrongly). An error is one cause and its mend on stderr. Each command imports what it needs when it
@@ -242,6 +242,14 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=bench.run)
 
 
+def _conform_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    conformance = import_module("tokenry.conformance.cli")
+    conformance.add_arguments(parser)
+    parser.set_defaults(run=conformance.run)
+
+
 def _version_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_version)
 
@@ -258,6 +266,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "devices": ("which backends and devices there are, and why not others", _devices_options),
     "compile": ("fill a backend's cache of programs, also without its device", _compile_options),
     "bench": ("measure", _bench_options),
+    "conform": ("ask a backend whether it keeps the contract's rules", _conform_options),
     "version": ("print the version", _version_options),
 }
 

@@ -6,10 +6,11 @@ bucket that the core would use, and compares the live rows with dense attention 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokenry.backend.base import Backend
 from tokenry.backend.contract import Caps
@@ -20,6 +21,8 @@ from tokenry.conformance.paged import AttentionCase, Paged
 from tokenry.conformance.scenes import Work
 
 Rows = tuple[tuple[int, int], ...]
+Bits = dict[tuple[int, int], NDArray[np.float64]]
+"""(request, position) -> its row of the result."""
 
 
 def rows_of(caps: Caps, block: int) -> dict[str, Rows]:
@@ -121,8 +124,14 @@ def slots(kit: Kit) -> Iterator[Case]:
             case = replace(base, works=works, spare=spare)
             yield attempt(
                 f"{name}: {case}",
-                lambda case=case: next(iter(Paged(backend, case).run(watch=True).stray), None),
+                _stray,
+                backend,
+                case,
             )
+
+
+def _stray(backend: Backend, case: AttentionCase) -> str | None:
+    return next(iter(Paged(backend, case).run(watch=True).stray), None)
 
 
 @check("C04.written", "What was written is there for the next step, and for nobody else's.")
@@ -148,7 +157,7 @@ def written(kit: Kit) -> Iterator[Case]:
     yield attempt("prompts", lambda: step([Work(i, 0, n) for i, n in enumerate(lengths)]))
     for at in range(4):
         works = [Work(i, n + at, 1) for i, n in enumerate(lengths)]
-        yield attempt(f"decode step {at + 1}: {case}", lambda works=works: step(works))
+        yield attempt(f"decode step {at + 1}: {case}", step, works)
 
 
 @check("C05.padding", "Padded rows and the null block's contents change no live row.")
@@ -163,9 +172,7 @@ def padding(kit: Kit) -> Iterator[Case]:
             case = AttentionCase(
                 works=works[:3], dtype=kit.dtype, block_size=block, garbage=garbage, spare=True
             )
-            yield attempt(
-                f"{name}, null block {garbage:g}: {case}", lambda case=case: _covered(backend, case)
-            )
+            yield attempt(f"{name}, null block {garbage:g}: {case}", _covered, backend, case)
 
 
 def _covered(backend: Backend, case: AttentionCase) -> str | None:
@@ -222,13 +229,13 @@ def invariance(kit: Kit) -> Iterator[Case]:
         )
         paged = Paged(backend, case)
 
-        def rows(works: list[Work], paged: Paged = paged) -> dict[tuple[int, int], object]:
-            found = {}
+        def rows(works: list[Work], paged: Paged = paged) -> Bits:
+            found: Bits = {}
             for packed in paged.scene.launches(works):
                 found.update(zip(packed.owners, paged.launch(packed), strict=True))
             return found
 
-        whole: dict[tuple[int, int], object] = {}
+        whole: Bits = {}
         for i, n in enumerate(lengths):
             whole |= rows([Work(i, 0, n)])
         batches = {
@@ -240,13 +247,16 @@ def invariance(kit: Kit) -> Iterator[Case]:
         for name, works in batches.items():
             yield attempt(
                 f"attention {dtype} {name}",
-                lambda works=works, rows=rows, whole=whole: _same(rows(works), whole),
+                _same,
+                rows,
+                works,
+                whole,
             )
 
 
-def _same(got: dict[tuple[int, int], object], whole: dict[tuple[int, int], object]) -> str | None:
-    for owner, row in got.items():
-        wrong = same_bits(np.asarray(row), np.asarray(whole[owner]))
+def _same(rows: Callable[[list[Work]], Bits], works: list[Work], whole: Bits) -> str | None:
+    for owner, row in rows(works).items():
+        wrong = same_bits(row, whole[owner])
         if wrong is not None:
             return f"request {owner[0]}, position {owner[1]}: {wrong}"
     return None

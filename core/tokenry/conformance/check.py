@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, ParamSpec
 
 from tokenry.backend.contract import Caps
 
@@ -22,6 +22,7 @@ MOST_FAILURES = 5
 
 Asked = Callable[[Caps], str | None]
 """Why a check is not asked of a device with these Caps; None: it is."""
+P = ParamSpec("P")
 Status = Literal["passed", "failed", "weak", "not asked"]
 
 
@@ -80,10 +81,10 @@ def check(
     return make
 
 
-def attempt(name: str, trial: Callable[[], str | None]) -> Case:
+def attempt(name: str, trial: Callable[P, str | None], *args: P.args, **kwargs: P.kwargs) -> Case:
     """The case of that name: `trial` gives what was wrong, or raises, which is wrong as well."""
     try:
-        return Case(name, trial())
+        return Case(name, trial(*args, **kwargs))
     except Exception as error:  # foreign code: whatever it raises is the finding
         return Case(name, described(error))
 

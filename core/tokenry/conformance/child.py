@@ -73,7 +73,7 @@ def ran(given: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from tokenry.conformance.kit import Kit
-    from tokenry.conformance.programs import Work
+    from tokenry.conformance.scenes import Work
     from tokenry.conformance.stepping import Stepper, texts_of
 
     if given.get("compiler"):

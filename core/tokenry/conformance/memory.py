@@ -125,9 +125,7 @@ def plan(kit: Kit) -> Iterator[Case]:
     budgets = sorted({small, *(int(now.total * f) for f in (0.2, 0.5, 0.9))})
     plans: list[KVPlan] = []
     for budget in budgets:
-        yield attempt(
-            f"budget {budget}", lambda budget=budget: _adds_up(backend, spec, budget, plans)
-        )
+        yield attempt(f"budget {budget}", _adds_up, backend, spec, budget, plans)
     blocks = [p.num_blocks for p in plans]
     shrinks = any(b < a - SLACK // spec.block_bytes for a, b in itertools.pairwise(blocks))
     yield attempt(
@@ -210,10 +208,10 @@ def planned_twice(kit: Kit) -> Iterator[Case]:
                 return None
             return f"{got.num_blocks} blocks, {want.num_blocks} before"
 
-        yield attempt(f"budget {budget}, again", lambda same=same: same(first))
-        yield attempt(f"budget {budget}, another backend", lambda same=same: same(second))
+        yield attempt(f"budget {budget}, again", same, first)
+        yield attempt(f"budget {budget}, another backend", same, second)
         held = second.alloc_kv(spec, 64)
-        yield attempt(f"budget {budget}, with KV in use", lambda same=same: same(second))
+        yield attempt(f"budget {budget}, with KV in use", same, second)
         del held
 
 
@@ -226,7 +224,9 @@ def zeroed(kit: Kit) -> Iterator[Case]:
             spec = KVSpec(num_layers=2, num_kv_heads=1, head_dim=32, block_size=size, dtype=dtype)
             yield attempt(
                 f"KV {dtype}, 9 blocks of {size}",
-                lambda spec=spec: _zeros(kit.open() if kit.caps.kv_baked else backend, spec),
+                _zeros,
+                kit.open() if kit.caps.kv_baked else backend,
+                spec,
             )
 
 
@@ -248,7 +248,7 @@ def refusals(kit: Kit) -> Iterator[Case]:
     """A budget of 0 and of 1 byte: no blocks, or an error of tokenry with a mend."""
     backend = kit.open()
     for budget in (0, 1):
-        yield attempt(f"budget {budget}", lambda budget=budget: _nothing(kit, backend, budget))
+        yield attempt(f"budget {budget}", _nothing, kit, backend, budget)
 
 
 def _nothing(kit: Kit, backend: Backend, budget: int) -> str | None:

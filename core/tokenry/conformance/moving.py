@@ -27,7 +27,6 @@ def fetch(kit: Kit) -> Iterator[Case]:
     was waited for; two fetches under way at once; the answer asked for twice.
     """
     backend = kit.open()
-    device = backend.caps.input_device
     samples = {
         "float32 [3, 5]": torch.arange(15, dtype=torch.float32).view(3, 5),
         "int32 [7]": torch.arange(7, dtype=torch.int32),
@@ -40,7 +39,9 @@ def fetch(kit: Kit) -> Iterator[Case]:
     for name, tensor in samples.items():
         yield attempt(
             name,
-            lambda t=tensor: _arrays(backend.fetch([t.to(device)])(), [t.numpy()]),
+            _fetched,
+            backend,
+            tensor,
         )
     yield attempt("nothing", lambda: _arrays(backend.fetch([])(), []))
     yield attempt(
@@ -51,6 +52,11 @@ def fetch(kit: Kit) -> Iterator[Case]:
     )
     yield attempt("two under way", lambda: _two(backend))
     yield attempt("the answer asked for twice", lambda: _twice(backend))
+
+
+def _fetched(backend: Backend, tensor: torch.Tensor) -> str | None:
+    wait = backend.fetch([tensor.to(backend.caps.input_device)])
+    return _arrays(wait(), [tensor.numpy()])
 
 
 def _arrays(got: list[NDArray[Any]], want: list[NDArray[Any]]) -> str | None:
@@ -106,16 +112,23 @@ def attn_inputs(kit: Kit) -> Iterator[Case]:
             order = [Work(works.index(w), *w) for w in shuffled]
             for packed in scene.launches(order):
                 label = f"{name} in {packed.host.bucket}, seed {seed}"
-                yield attempt(label, lambda p=packed: _pure(backend, p, kept))
+                yield attempt(label, _pure, backend, packed, kept)
                 if caps.shapes.static or caps.graphs != "none":
                     yield attempt(
                         f"names and shapes of {label}",
-                        lambda p=packed, b=label: _fixed(backend, p, b, seen),
+                        _fixed,
+                        backend,
+                        packed,
+                        label,
+                        seen,
                     )
     for host, want in kept:
         yield attempt(
             f"{host.bucket} again, after all others",
-            lambda host=host, want=want: _equal(backend.attn_inputs(host), want),
+            _again,
+            backend,
+            host,
+            want,
         )
 
 
@@ -152,6 +165,10 @@ def _equal(got: Mapping[str, NDArray[Any]], want: Mapping[str, NDArray[Any]]) ->
         if wrong is not None:
             return f"{name}: {wrong}"
     return None
+
+
+def _again(backend: Backend, host: HostBatch, want: Mapping[str, NDArray[Any]]) -> str | None:
+    return _equal(backend.attn_inputs(host), want)
 
 
 def _fixed(

@@ -170,12 +170,12 @@ def dtypes(kit: Kit) -> Iterator[Case]:
     """For each: a tensor goes to the input device and is computed with; KV is taken and written."""
     backend, now = kit.open(), kit.caps
     for dtype in now.dtypes:
-        yield attempt(f"a tensor of {dtype}", lambda dtype=dtype: _computes(backend, dtype))
+        yield attempt(f"a tensor of {dtype}", _computes, backend, dtype)
     kinds = [d for d in now.kv_dtypes if d != "auto"]
     for dtype in (*now.dtypes, *kinds):
         for size in now.block_sizes:
             spec = KVSpec(num_layers=1, num_kv_heads=2, head_dim=32, block_size=size, dtype=dtype)
-            yield attempt(f"KV of {dtype}, blocks of {size}", lambda spec=spec: _writes(kit, spec))
+            yield attempt(f"KV of {dtype}, blocks of {size}", _writes, kit, spec)
 
 
 def _computes(backend: Backend, dtype: str) -> str | None:

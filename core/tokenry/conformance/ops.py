@@ -87,7 +87,9 @@ def linear(kit: Kit) -> Iterator[Case]:
 
                 yield attempt(
                     f"linear {dtype} [{rows}, {inner}] -> {outer}{' + bias' if bias else ''}",
-                    lambda bench=bench, run=run, dtype=dtype: bench.compare(run, dtype),
+                    bench.compare,
+                    run,
+                    dtype,
                 )
 
 
@@ -118,7 +120,9 @@ def rms_norm(kit: Kit) -> Iterator[Case]:
                 extra = " + residual" if residual else ""
                 yield attempt(
                     f"rms_norm {dtype} {list(shape)} * {scale:g}{extra}, weight {weight_dtype}",
-                    lambda bench=bench, run=run, dtype=dtype: bench.compare(run, dtype),
+                    bench.compare,
+                    run,
+                    dtype,
                 )
 
 
@@ -142,7 +146,9 @@ def rope(kit: Kit) -> Iterator[Case]:
 
             yield attempt(
                 f"rope {dtype} D={dim}, {rot} of them turned",
-                lambda bench=bench, run=run, dtype=dtype: bench.compare(run, dtype),
+                bench.compare,
+                run,
+                dtype,
             )
 
 
@@ -159,7 +165,9 @@ def act_mul(kit: Kit) -> Iterator[Case]:
 
         yield attempt(
             f"act_mul {kind} {dtype} [{rows}, 96]",
-            lambda bench=bench, run=run, dtype=dtype: bench.compare(run, dtype),
+            bench.compare,
+            run,
+            dtype,
         )
 
 
@@ -195,7 +203,9 @@ def moe(kit: Kit) -> Iterator[Case]:
 
         yield attempt(
             f"moe {dtype} [{rows}, 48] top {top_k}{' renormalised' if case['renormalize'] else ''}",
-            lambda bench=bench, run=run, dtype=dtype: bench.compare(run, dtype),
+            bench.compare,
+            run,
+            dtype,
         )
 
 
@@ -215,7 +225,11 @@ def pack(kit: Kit) -> Iterator[Case]:
         for name, shapes in PACKED.items():
             yield attempt(
                 f"pack of {name} {dtype}",
-                lambda name=name, shapes=shapes, dtype=dtype: _packed(backend, name, shapes, dtype),
+                _packed,
+                backend,
+                name,
+                shapes,
+                dtype,
             )
 
 
@@ -262,7 +276,10 @@ def invariance(kit: Kit) -> Iterator[Case]:
             x = randn((33, 64), dtype, seed=6)
             yield attempt(
                 f"{name} {dtype} [33, 64]",
-                lambda call=call, x=x: _rows_alone(backend, call, x.to(backend.caps.input_device)),
+                _rows_alone,
+                backend,
+                call,
+                x.to(backend.caps.input_device),
             )
 
 

@@ -134,13 +134,15 @@ class Paged:
         widths = [case.num_heads * case.head_dim, *[case.num_kv_heads * case.head_dim] * 2]
         fused = torch.full((T, sum(widths)), 7.0, dtype=self.dtype)
         rows = torch.from_numpy(packed.rows)
-        for part, source in zip(fused.split(widths, dim=1), (self.q, self.k, self.v), strict=True):
+        for part, source in zip(
+            fused.split_with_sizes(widths, dim=1), (self.q, self.k, self.v), strict=True
+        ):
             values = torch.stack([source[r][p] for r, p in packed.owners])
             part[rows] = values.flatten(1)
         # views of one product, as a layer hands them over
         q, k, v = (
-            part.unflatten(1, (-1, case.head_dim))
-            for part in fused.to(self.backend.caps.input_device).split(widths, dim=1)
+            part.view(T, -1, case.head_dim)
+            for part in fused.to(self.backend.caps.input_device).split_with_sizes(widths, dim=1)
         )
         out = self.op(
             q, k, v, self.kv[0], on_device(packed.host, self.backend),

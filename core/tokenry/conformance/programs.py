@@ -38,18 +38,18 @@ def step(kit: Kit) -> Iterator[Case]:
         stepper = Stepper(kit, texts_of(4, LENGTH), compiled=False, family=family)
         lengths = (1, 15, 17, 40)
         for i, n in enumerate(lengths):
-            yield attempt(
-                f"{family}: prompt of {n}", lambda s=stepper, i=i, n=n: s.go([Work(i, 0, n)])
-            )
+            yield attempt(f"{family}: prompt of {n}", stepper.go, [Work(i, 0, n)])
         for at in range(3):
             works = [Work(i, n + at, 1) for i, n in enumerate(lengths)]
             yield attempt(
                 f"{family}: decode step {at}",
-                lambda s=stepper, works=works, at=at: s.go(works, spare=at == 2),
+                stepper.go,
+                works,
+                spare=at == 2,
             )
         if kit.caps.phases.chunked:
             works = [Work(i, n + 3, 11) for i, n in enumerate(lengths)]
-            yield attempt(f"{family}: 11 more each", lambda s=stepper, w=works: s.go(w))
+            yield attempt(f"{family}: 11 more each", stepper.go, works)
 
 
 @check(
@@ -71,18 +71,20 @@ def replay(kit: Kit) -> Iterator[Case]:
     groups = {"A": (0, 1, 2, 3), "B": (4, 5, 6, 7), "C": (6, 0, 3, 5)}
     for name in ("A", "B", "A", "C", "B"):
         works = [Work(r, 20, 1) for r in groups[name]]
-        yield attempt(
-            f"decode of batch {name}", lambda works=works: stepper.go(works, example=first)
-        )
+        yield attempt(f"decode of batch {name}", stepper.go, works, example=first)
         lone = [Work(groups[name][0], 21, 1)]
         yield attempt(
             f"decode of one request of {name} in between",
-            lambda lone=lone: stepper.go(lone, example=first),
+            stepper.go,
+            lone,
+            example=first,
         )
     for request in (0, 5, 0, 7):
         yield attempt(
             f"prompt of request {request} again",
-            lambda r=request: stepper.go([Work(r, 0, 20)], example=first),
+            stepper.go,
+            [Work(request, 0, 20)],
+            example=first,
         )
 
 
@@ -99,12 +101,12 @@ def scalars(kit: Kit) -> Iterator[Case]:
     yield attempt("prompts", lambda: stepper.prompts(range(4), 8))
     for width in ((0, 1, 2, 3), (1, 2, 3), (0, 3, 2)):
         works = [Work(r, 8, 1) for r in width]
-        yield attempt(f"decode of {len(width)}", lambda works=works: stepper.go(works))
+        yield attempt(f"decode of {len(width)}", stepper.go, works)
     made = stepper.backend.compile_count()
     known = set(stepper.programs)
     for at in (*range(9, LENGTH - 1), 9, 31, LENGTH - 2, 10):
         works = [Work(r, at if r % 2 else min(at, 9 + at // 2), 1) for r in (0, 1, 2, 3)]
-        yield attempt(f"decode at {at}", lambda works=works: stepper.go(works))
+        yield attempt(f"decode at {at}", stepper.go, works)
     new = len(set(stepper.programs) - known)
 
     def count() -> str | None:
@@ -136,11 +138,11 @@ class Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Dispatched(TorchDispatchMode):
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's hook of classes
     """Remembers the operators that read a value on the host, or move one there."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,7 +178,9 @@ def sync(kit: Kit) -> Iterator[Case]:
             for packed in stepper.scene.launches(works):
                 yield attempt(
                     f"{family}: {name} in {packed.host.bucket}",
-                    lambda s=stepper, p=packed: _reads(s, p),
+                    _reads,
+                    stepper,
+                    packed,
                 )
 
 

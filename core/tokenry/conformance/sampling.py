@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,11 @@ def greedy(kit: Kit) -> Iterator[Case]:
         given = replace(inputs(6, temperature=0.0), all_greedy=flag)
         yield attempt(
             f"sample [6, {VOCAB}] all_greedy={flag}",
-            lambda given=given: _equal(draw(backend, logits, given), want),
+            _chosen,
+            backend,
+            logits,
+            given,
+            want,
         )
     mixed = replace(inputs(6), temperature=torch.tensor([0.0, 0.0, 0.7, 0.0, 0.0, 1.0]))
     rows = [0, 1, 3, 4]
@@ -94,6 +99,12 @@ def greedy(kit: Kit) -> Iterator[Case]:
         "sample: greedy rows among others",
         lambda: _equal(draw(backend, logits, mixed)[rows], want[rows]),
     )
+
+
+def _chosen(
+    backend: Backend, logits: torch.Tensor, given: SampleInputs, want: NDArray[np.int64]
+) -> str | None:
+    return _equal(draw(backend, logits, given), want)
 
 
 def _equal(got: NDArray[np.int64], want: NDArray[np.int64]) -> str | None:
@@ -117,16 +128,19 @@ def draws(kit: Kit) -> Iterator[Case]:
     backend = kit.open()
     logits = logits_of(64)
     most = kit.caps.sample_max_top_k or VOCAB
-    settings = (
+    settings: tuple[dict[str, Any], ...] = (
         {}, {"temperature": 0.3}, {"temperature": 2.5}, {"top_k": 1}, {"top_k": min(5, most)},
         {"top_k": min(250, most)}, {"top_p": 0.9}, {"top_p": 0.1}, {"min_p": 0.1},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.8, "min_p": 0.02}, {"temperature": 1e-6},
     )  # fmt: skip
     for values in settings:
-        given = inputs(64, **values)  # type: ignore[arg-type]  # mixed ints and floats
+        given = inputs(64, **values)
         yield attempt(
             f"sample [64, {VOCAB}] {values or 'plain'}",
-            lambda given=given: _drawn(backend, logits, given),
+            _drawn,
+            backend,
+            logits,
+            given,
         )
     yield attempt("sample: other uniforms draw other tokens", lambda: _moves(backend, logits))
 

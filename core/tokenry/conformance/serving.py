@@ -248,9 +248,7 @@ def end_to_end(kit: Kit) -> Iterator[Case]:
         settings["preemption"] = {"num_kv_blocks": 8, "block_size": 16}
     for family in FAMILIES:
         for name, options in settings.items():
-            yield attempt(
-                f"{family}: {name}", lambda f=family, o=options: _served(kit, f, prompts, o)
-            )
+            yield attempt(f"{family}: {name}", _served, kit, family, prompts, options)
         last = list(settings)[-2:][0]  # the other families need not see every way to serve
         settings = {last: settings[last]}
 

@@ -112,7 +112,8 @@ class Stepper:
         text = tuple(self.scene.texts[work.request])
         if text not in self._want:
             self._want[text] = self.model.logits(text)
-        return self._want[text][work.start + work.count - 1]
+        row: NDArray[np.float32] = self._want[text][work.start + work.count - 1]
+        return row
 
     def go(
         self,
