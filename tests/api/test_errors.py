@@ -42,6 +42,12 @@ def error_of(response, status):
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"priority": 2**70}, "priority"),
+        ({"priority": 3}, "priority"),
+        ({"logits_processor": "x"}, "logits_processor"),
+        ({"extra_args": {"a": 1}}, "extra_args"),
+        ({"bad_words_ids": [[5]]}, "bad_words_ids"),
+        ({"detokenize": False}, "detokenize"),
+        ({"bad_words": [" "]}, "bad_words"),
         ({"seed": 2**70}, "seed"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -155,6 +161,22 @@ def test_unknown_field_is_named_in_a_header(toy):
     assert response.headers["x-ignored-params"] == "shoe_size"
 
 
+def test_unknown_field_of_the_tokenizer_is_named_in_a_header(toy):
+    asked = {"prompt": "Once", "shoe_size": 44}
+    response = toy.http.post("/tokenize", json=asked)
+    assert response.status_code == 200
+    assert response.headers["x-ignored-params"] == "shoe_size"
+    asked = {"tokens": response.json()["tokens"], "hat": 7}
+    assert toy.http.post("/detokenize", json=asked).headers["x-ignored-params"] == "hat"
+
+
+def test_neutral_values_ask_for_nothing(toy):
+    neutral = {"detokenize": True, "priority": 0, "logits_processor": None, "bad_words_ids": []}
+    response = toy.http.post("/v1/completions", json={**TEXT, **neutral})
+    assert response.status_code == 200
+    assert "x-ignored-params" not in response.headers
+
+
 def test_keys_size_and_strictness(start_toy):
     server = start_toy({"api_key": ["s3cret"], "max_body_bytes": 200, "strict_params": True})
     server.wait_ready()
@@ -166,4 +188,7 @@ def test_keys_size_and_strictness(start_toy):
     error_of(server.http.post("/v1/completions", json={**TEXT, "prompt": "x" * 300}), 413)
     error = error_of(server.http.post("/v1/completions", json={**TEXT, "shoe_size": 44}), 400)
     assert error["param"] == "shoe_size"
+    for path, asked in (("/tokenize", {"prompt": "Once"}), ("/detokenize", {"tokens": [5]})):
+        error = error_of(server.http.post(path, json={**asked, "shoe_size": 44}), 400)
+        assert error["param"] == "shoe_size"
     assert server.close() == 0

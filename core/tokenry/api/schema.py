@@ -7,6 +7,7 @@ nothing is dropped in silence.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ from tokenry.errors import RequestError
 from tokenry.params import SamplingParams
 
 R = TypeVar("R", bound="_Sampling")
+T = TypeVar("T", bound=msgspec.Struct)
 MAX_STOPS = 64
 _Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
@@ -28,6 +30,9 @@ REFUSED = {
     "web_search_options": "web search is not served",
     "suffix": "this model cannot fill in the middle",
     "logits_processors": "logits processors are not served",
+    "logits_processor": "logits processors are not served over HTTP",
+    "extra_args": "logits processors are not served over HTTP",
+    "bad_words_ids": "give the words as bad_words",
     "guided_json": "structured output is not served yet",
     "guided_regex": "structured output is not served yet",
     "guided_choice": "structured output is not served yet",
@@ -62,6 +67,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "best_of": (1,),
+    "detokenize": (True,),
 }
 """Values of these fields that ask for what we do anyway."""
 
@@ -153,14 +159,28 @@ _COPIED = [
 def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, list[str]]:
     """The request, and the fields that mean nothing here (400 for them if `strict`)."""
     _refuse(data)
-    known = {f.name for f in msgspec.structs.fields(kind)}
-    unknown = sorted(set(data) - known - HARMLESS - set(REFUSED) - set(_NEUTRAL))
-    if unknown and strict:
-        raise RequestError(f"There is no field {unknown[0]!r}.", param=unknown[0])
-    request = convert({name: value for name, value in data.items() if name in known}, kind)
+    meaningless = HARMLESS | set(REFUSED) | set(_NEUTRAL)
+    request, unknown = decode_known(data, kind, strict=strict, meaningless=meaningless)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true.", param="stream_options")
     return request, unknown
+
+
+def decode_known(
+    data: dict[str, Any],
+    kind: type[T],
+    *,
+    strict: bool,
+    meaningless: Collection[str] = (),
+) -> tuple[T, list[str]]:
+    """The struct, and the fields that it does not have, without the `meaningless` ones (400 if
+    `strict`).
+    """
+    known = {f.name for f in msgspec.structs.fields(kind)}
+    unknown = sorted(set(data) - known - set(meaningless))
+    if unknown and strict:
+        raise RequestError(f"There is no field {unknown[0]!r}.", param=unknown[0])
+    return convert({name: value for name, value in data.items() if name in known}, kind), unknown
 
 
 def _refuse(data: dict[str, Any]) -> None:

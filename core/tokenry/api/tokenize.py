@@ -11,11 +11,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tokenry.api.answer import ignored_header
 from tokenry.api.body import read_json
 from tokenry.api.chat import check_messages, render
-from tokenry.api.schema import ChatRequest
+from tokenry.api.schema import ChatRequest, decode_known
 from tokenry.api.service import service_of
-from tokenry.api.wire import JSON, convert
+from tokenry.api.wire import JSON
 from tokenry.errors import RequestError
 
 
@@ -38,7 +39,8 @@ class _Detokenize(msgspec.Struct, frozen=True, kw_only=True):
 async def tokenize(request: Request) -> Response:
     """Token ids of a prompt or of a chat."""
     service = service_of(request)
-    wanted = convert(await read_json(request), _Tokenize)
+    data, strict = await read_json(request), service.config.strict_params
+    wanted, unknown = decode_known(data, _Tokenize, strict=strict)
     service.check_model(wanted.model)
     service.admit()
     tokenizer = service.engine.tokenizer
@@ -64,14 +66,16 @@ async def tokenize(request: Request) -> Response:
             "max_model_len": service.engine.ready.max_model_len,
             "tokens": ids,
             "token_strs": texts,
-        }
+        },
+        headers=ignored_header(unknown),
     )
 
 
 async def detokenize(request: Request) -> Response:
     """Text of token ids."""
     service = service_of(request)
-    wanted = convert(await read_json(request), _Detokenize)
+    data, strict = await read_json(request), service.config.strict_params
+    wanted, unknown = decode_known(data, _Detokenize, strict=strict)
     service.check_model(wanted.model)
     service.admit()
     tokenizer = service.engine.tokenizer
@@ -81,7 +85,8 @@ async def detokenize(request: Request) -> Response:
                 f"tokens[{i}] is {token_id}, ids are 0 to {tokenizer.vocab_size - 1}.",
                 param=f"tokens[{i}]",
             )
-    return JSON({"prompt": tokenizer.decode(wanted.tokens, skip_special_tokens=False)})
+    text = tokenizer.decode(wanted.tokens, skip_special_tokens=False)
+    return JSON({"prompt": text}, headers=ignored_header(unknown))
 
 
 async def tokenizer_info(request: Request) -> Response:
