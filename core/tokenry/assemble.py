@@ -48,6 +48,12 @@ class Engine(EngineCore):
         )
 
 
+NARROWER = {"int8": 2, "int4": 3}
+"""How many times smaller quantised weights are than 16-bit ones, embeddings and scales included: at
+least this, for the check before anything is loaded.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
     """A running engine. `runner` is for tests and benchmarks that look inside."""
@@ -94,7 +100,11 @@ def assemble(
         dummy=config.load_format == "dummy",
         trust_remote_code=config.trust_remote_code,
     )
-    check_weights_fit(spec.weight_bytes, backend.memory(), config.memory_fraction)
+    _check_quantization(config, device.backend, backend.caps)
+    weight_bytes = spec.weight_bytes // (
+        NARROWER[config.quantization] if config.quantization else 1
+    )
+    check_weights_fit(weight_bytes, backend.memory(), config.memory_fraction)
     processors = {**installed_processors(), **(logits_processors or {})}
     runner = ModelRunner(
         backend,
@@ -152,6 +162,16 @@ def _changes(config: EngineConfig, caps: Caps) -> list[Change]:
     return changes
 
 
+def _check_quantization(config: EngineConfig, name: str, caps: Caps) -> None:
+    """Raises ConfigError where the device has no such weights."""
+    if config.quantization is not None and config.quantization not in caps.quant:
+        has = ", ".join(sorted(caps.quant)) or "none"
+        raise ConfigError(
+            f"--quantization {config.quantization}: the {name} backend has {has}.",
+            mend="leave --quantization out, or another --backend",
+        )
+
+
 def _fit_step(
     config: EngineConfig, model_len: int
 ) -> tuple[EngineConfig, int | None, list[Change]]:
@@ -187,6 +207,7 @@ def _runner_config(config: EngineConfig) -> RunnerConfig:
             num_kv_blocks=config.num_kv_blocks,
         ),
         block_size=config.block_size,
+        quantization=config.quantization,
         enforce_eager=config.enforce_eager,
         warmup=config.warmup,
         buckets=bucket_settings(

@@ -59,6 +59,9 @@ class EngineConfig:
         "most tokens of a request, prompt and answer; without it the model's own, fitted to memory",
         None,
     )
+    quantization: Literal["int8", "int4"] | None = _f(
+        "weights are quantised while they are loaded: 8 bits per channel, or 4 in groups", None
+    )
     max_num_seqs: int = _f("most requests in one step", 128)
     max_num_batched_tokens: int = _f("token budget of one step", 2048)
     memory_fraction: float = _f("share of the device's memory that weights and KV may take", 0.9)

@@ -188,3 +188,22 @@ def test_a_draw_does_not_depend_on_other_rows_or_on_the_batch_flags():
         plain = mine["top_k"] == 0 and mine["top_p"] == 1 and mine["min_p"] == 0
         alone = draw(logits[row : row + 1], **mine, any_filter=not plain)
         assert alone == [together[row]]
+
+
+class Quantised(ReferenceOp):
+    def quantize(self, weights, format):
+        return {"format": format}
+
+
+def test_weights_are_packed_in_the_format_that_was_asked_and_a_head_keeps_8_bits():
+    op, weights = Quantised(), {"weight": torch.ones(1, 1)}
+    assert OpTable().pack(op, weights) == weights
+    for format, head in (("int8", "int8"), ("int4", "int8")):
+        table = OpTable(quantization=format)
+        assert table.pack(op, weights) == {"format": format}
+        assert table.pack(op, weights, head=True) == {"format": head}
+
+
+def test_quantised_weights_are_refused_where_the_op_has_none():
+    with pytest.raises(BackendError, match="int8.*no quantised weights"):
+        OpTable(quantization="int8").pack(OPS["linear"], {"weight": torch.ones(1, 1)})

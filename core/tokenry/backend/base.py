@@ -104,7 +104,11 @@ class Op(Protocol):
         ...
 
     def pack(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """The weights in this kernel's layout and format, once at load."""
+        """The weights in this kernel's layout and format, once at load.
+
+        `linear` and `moe` of a backend with `caps.quant` also have `quantize(weights, format)`,
+        which packs them in one of those formats.
+        """
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

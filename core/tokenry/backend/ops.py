@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from tokenry.backend.base import Op
 from tokenry.backend.reference import REFERENCE_OPS
 from tokenry.errors import BackendError
@@ -22,8 +24,12 @@ class OpTable:
                 the metrics.
     """
 
-    def __init__(self, backend_ops: Mapping[str, Op] | None = None) -> None:
+    def __init__(
+        self, backend_ops: Mapping[str, Op] | None = None, quantization: str | None = None
+    ) -> None:
+        """quantization: a format of the backend's `caps.quant`, for the weights of `pack`."""
         self._ops = dict(backend_ops or {})
+        self._quantization = quantization
         for name, op in self._ops.items():
             _check(name, op)
         self.fallbacks: dict[str, int] = {}
@@ -38,6 +44,24 @@ class OpTable:
         reference = REFERENCE_OPS[name]
         self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
         return reference
+
+    def pack(self, op: Op, weights: Mapping[str, Tensor], *, head: bool = False) -> Any:
+        """The weights of a `linear` or `moe` op as it wants them, quantised where that was asked.
+
+        head: it gives the logits, where 4 bits cost more than they save: 8 are kept.
+        Raises BackendError where the op that the layer got cannot.
+        """
+        if self._quantization is None:
+            return op.pack(weights)
+        quantize = getattr(op, "quantize", None)
+        if quantize is None:
+            raise BackendError(
+                f"--quantization {self._quantization}: {type(op).__name__}, which a layer of this "
+                "model got, has no quantised weights.",
+                mend="leave --quantization out",
+            )
+        narrow = head and self._quantization == "int4"
+        return quantize(weights, "int8" if narrow else self._quantization)
 
 
 def _check(name: str, op: Op) -> None:

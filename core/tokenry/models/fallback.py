@@ -85,11 +85,17 @@ class FallbackSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights in the model's dtype, 0 for dummy ones."""
+        """Bytes of the weights in the model's dtype, or the checkpoint's if that is smaller (a
+        backend may keep it); 0 for dummy ones.
+        """
         if self.dummy:
             return 0
         size = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return weight_bytes(self.path) * size[self.dtype] // size[self.model.dtype]
+        return (
+            weight_bytes(self.path)
+            * min(size[self.dtype], size[self.model.dtype])
+            // (size[self.model.dtype])
+        )
 
     def weights(self, progress: Progress) -> WeightIter:
         """Checkpoint tensors by checkpoint name, to be looked at; `torch_step` has transformers
@@ -107,7 +113,7 @@ class FallbackSpec:
         attention = PagedAttention(self, ops)
         model = _load(self, attention)
         _fix_ropes(model, self.max_model_len)
-        _replace_linears(model, ops, self.dtype, torch.device(caps.input_device))
+        _replace_linears(self, model, ops, torch.device(caps.input_device))
         return _Step(model.to(caps.input_device), attention)
 
 
@@ -256,14 +262,16 @@ def _fix_ropes(model: nn.Module, length: int) -> None:
 class OpLinear(nn.Module):
     """A packed linear in the place of a `nn.Linear`."""
 
-    def __init__(self, linear: nn.Linear, op: Op, device: torch.device) -> None:
+    def __init__(
+        self, linear: nn.Linear, op: Op, ops: OpTable, device: torch.device, *, head: bool
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._op = op
         raw = {"weight": linear.weight.detach().to(device)}
         if linear.bias is not None:
             raw["bias"] = linear.bias.detach().to(device)
-        self._packed = op.pack(raw)
+        self._packed = ops.pack(op, raw, head=head)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out_features]."""
@@ -271,18 +279,21 @@ class OpLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def _replace_linears(model: nn.Module, ops: OpTable, dtype: str, device: torch.device) -> None:
+def _replace_linears(
+    spec: FallbackSpec, model: nn.Module, ops: OpTable, device: torch.device
+) -> None:
     """Every plain `nn.Linear` becomes ours; subclasses may compute something else and stay."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 op = ops.resolve(
                     "linear",
-                    dtype=dtype,
+                    dtype=spec.dtype,
                     in_features=child.in_features,
                     out_features=child.out_features,
                 )
-                setattr(parent, name, OpLinear(child, op, device))
+                head = child.out_features == spec.vocab_size
+                setattr(parent, name, OpLinear(child, op, ops, device, head=head))
 
 
 # ---- attention ---------------------------------------------------------------------------------

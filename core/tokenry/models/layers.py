@@ -104,8 +104,10 @@ class Linear:
     """
 
     def __init__(
-        self, loader: Loader, names: Sequence[str], sizes: Sequence[int], width: int, *, bias: bool
-    ) -> None:
+        self, loader: Loader, names: Sequence[str], sizes: Sequence[int], width: int, *, bias: bool,
+        exact: bool = False,
+    ) -> None:  # fmt: skip
+        """exact: small and decisive (a router): never quantised."""
         self._op: Op = loader.ops.resolve(
             "linear", dtype=loader.dtype_name, in_features=width, out_features=sum(sizes)
         )
@@ -119,7 +121,8 @@ class Linear:
                 parts[key] = tensor
                 if len(parts) == total:
                     raw = {k: torch.cat([parts.pop(f"{n}.{k}") for n in names]) for k in kinds}
-                    self.weights = self._op.pack(raw)
+                    pack = self._op.pack if exact else partial(loader.ops.pack, self._op)
+                    self.weights = pack(raw)
 
             return take
 
@@ -219,7 +222,7 @@ class LMHead:
         self.weights: Any = None
 
         def take(tensor: Tensor) -> None:
-            self.weights = self._op.pack({"weight": tensor})
+            self.weights = loader.ops.pack(self._op, {"weight": tensor}, head=True)
 
         if tied is None:
             loader.expect("lm_head.weight", (vocab, size), take)
@@ -399,7 +402,7 @@ class Moe:
         self._op = loader.ops.resolve(
             "moe", dtype=loader.dtype_name, num_experts=n, top_k=plan.top_k, kind=kind
         )
-        self._router = Linear(loader, [f"{name}.gate"], [n], hidden, bias=False)
+        self._router = Linear(loader, [f"{name}.gate"], [n], hidden, bias=False, exact=True)
         self.weights: Any = None
         shapes = {"w13": (n, 2 * inner, hidden), "w2": (n, hidden, inner)}
         raw: dict[str, Tensor] = {}  # only while the experts of this layer come in
@@ -413,7 +416,8 @@ class Moe:
                 raw[key][expert, rows].copy_(tensor)
                 left -= 1
                 if left == 0:
-                    self.weights = self._op.pack({key: raw.pop(key) for key in shapes})
+                    whole = {key: raw.pop(key) for key in shapes}
+                    self.weights = loader.ops.pack(self._op, whole)
 
             return take
 

@@ -92,11 +92,17 @@ class NativeSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights in the model's dtype, from file sizes (0 for dummy weights)."""
+        """Bytes of the weights in the model's dtype, or the checkpoint's if that is smaller (a
+        backend may keep it), from file sizes; 0 for dummy weights.
+        """
         if self.dummy:
             return 0
         size = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return weight_bytes(self.path) * size[self.dtype] // size[self.model.dtype]
+        return (
+            weight_bytes(self.path)
+            * min(size[self.dtype], size[self.model.dtype])
+            // (size[self.model.dtype])
+        )
 
     def weights(self, progress: Progress) -> WeightIter:
         """Checkpoint tensors by checkpoint name."""

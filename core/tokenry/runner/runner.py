@@ -70,6 +70,7 @@ class RunnerConfig:
 
     memory: MemoryLimits
     block_size: int | None = None
+    quantization: str | None = None
     enforce_eager: bool = False
     warmup: bool = True
     buckets: BucketSettings = field(default_factory=BucketSettings)
@@ -92,7 +93,7 @@ class ModelRunner:
     ) -> None:
         self._backend = backend
         self._caps = backend.caps
-        self._ops = OpTable(backend.ops())
+        self._ops = OpTable(backend.ops(), config.quantization)
         self._sampler = Sampler(
             self._ops.resolve("sample", vocab_size=spec.vocab_size),
             device=self._caps.input_device,

@@ -75,6 +75,7 @@ class Cache:
             for h in (heads, kv_heads, kv_heads)
         )
         self.dtype = dtype
+        self.stale = 37.0  # what lies in the slots that nobody wrote
 
     def run(self, rows, *, kernels=None, **rule):
         """Attention of rows (request, cached, new), each row's result [new, H * D]; by the
@@ -82,8 +83,7 @@ class Cache:
         """
         op = kernels.ops["attention"] if kernels else REFERENCE_OPS["attention"]
         shape = (2, self.num_blocks, BLOCK, self.kv_heads, self.head_dim)
-        kv = torch.full(shape, 37.0, dtype=self.dtype)
-        kv[:, 0] = -1e4
+        kv = torch.full(shape, self.stale, dtype=self.dtype)
         slots, positions = [], []
         q_lens = [new for _, _, new in rows]
         for request, cached, new in rows:
@@ -235,3 +235,81 @@ def test_linear_computes_few_different_row_counts():
     assert len(counts) < 32
     assert 1 not in counts
     assert all(rows <= padded_rows(rows) <= max(2, 1.5 * rows + 2) for rows in range(1, 2049))
+
+
+def dequantised(weight, format):
+    """The weight as the format's definition has it: by channel, or by channel and 32 inputs."""
+    if format == "int8":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return torch.round(weight / scale) * scale
+    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
+    least, best = torch.full(groups.shape[:2], torch.inf), torch.zeros(groups.shape)
+    top = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    for sign in (-1, 1):
+        for step in range(-7, 8):
+            scale = sign * top / (8 + 0.15 * step)
+            levels = torch.round(groups / scale).nan_to_num().clamp(-8, 7)
+            norm = (levels * levels).sum(2, keepdim=True).clamp(min=1)
+            fitted = (levels * groups).sum(2, keepdim=True) / norm
+            levels = torch.round(groups / fitted).nan_to_num().clamp(-8, 7)
+            error = ((levels * fitted - groups) ** 2).sum(2)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better[..., None], levels * fitted, best)
+    return best.flatten(1)[:, : weight.shape[1]]
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize(("inner", "outer"), [(64, 96), (768, 300), (40, 33), (1, 1)])
+def test_quantised_linear_is_its_format_s_and_rows_keep_their_bits(isa, format, inner, outer):
+    assert native.set_isa(isa)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outer, inner), torch.randn(outer)
+    x = torch.randn(50, inner)
+    op = native_ops.Linear()
+    packed = op.quantize({"weight": weight, "bias": bias}, format)
+    full = op(x, packed)
+    group = inner if format == "int8" else 32
+    padded = torch.nn.functional.pad(x, (0, -inner % group)).unflatten(1, (-1, group))
+    scale = padded.abs().amax(2, keepdim=True) / 127
+    rounded = (torch.round(padded / scale).nan_to_num() * scale).flatten(1)[:, :inner]
+    want = rounded @ dequantised(weight, format).T + bias
+    error = (full - want).norm() / want.norm()
+    assert error < (1e-6 if format == "int8" else 2e-2)  # int4: ties between scales may differ
+    exact = x @ weight.T + bias
+    assert (full - exact).norm() / exact.norm() < (0.02 if format == "int8" else 0.13)
+    for rows in (1, 2, 7, 13, 25, 49):
+        assert torch.equal(op(x[1 : 1 + rows], packed), full[1 : 1 + rows])
+    native.set_isa(native.isas()[0])
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_activation_is_seen_in_its_row_only(format, broken):
+    op = native_ops.Linear()
+    packed = op.quantize({"weight": torch.randn(40, 64)}, format)
+    x = torch.randn(5, 64)
+    x[2, 33] = broken
+    y = op(x, packed)
+    assert not torch.isfinite(y[2]).any()
+    assert torch.isfinite(y[[0, 1, 3, 4]]).all()
+
+
+def test_weights_that_fit_in_16_bits_stay_in_16_bits():
+    wide = torch.randn(70, 50)
+    for weight, format in (
+        (wide, "float32"),
+        (wide.bfloat16().float(), "bfloat16"),
+        (wide.half().float(), "float16"),
+    ):
+        packed = native_ops.Linear().pack({"weight": weight})["packed"]
+        assert packed.format == format
+        torch.testing.assert_close(packed(torch.eye(50)), weight.T, rtol=0, atol=0)
+
+
+def test_what_another_request_left_in_a_block_is_never_read(kernels):
+    cache = Cache([40])
+    want = cache.run([(0, 39, 1)], kernels=kernels)[0]
+    cache.stale = float("nan")
+    assert torch.equal(cache.run([(0, 39, 1)], kernels=kernels)[0], want)

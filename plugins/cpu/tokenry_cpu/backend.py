@@ -85,7 +85,7 @@ class CpuBackend(Backend):
         if self._kernels is native_ops:
             native.set_threads(threads)
             # plain torch comes close, but its error function (gelu) and its threads' shares do not
-            self.caps = replace(self.caps, batch_invariant=True)
+            self.caps = replace(self.caps, batch_invariant=True, quant=native_ops.QUANT)
 
     def memory(self) -> MemoryInfo:
         """Bytes of the tightest control group, or of the machine."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,15 +18,14 @@ class RowMoe(ReferenceOp):
     def __init__(self, linear: Op) -> None:
         self._linear = linear
 
-    def pack(
-        self, weights: Mapping[str, Tensor], quantization: str | None = None
-    ) -> Mapping[str, Any]:
+    def pack(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """Each expert's two weights, packed."""
-        how = {} if quantization is None else {"quantization": quantization}
-        return {
-            name: [self._linear.pack({"weight": e}, **how) for e in weights[name].unbind(0)]
-            for name in ("w13", "w2")
-        }
+        return _each(weights, self._linear.pack)
+
+    def quantize(self, weights: Mapping[str, Tensor], format: str) -> Mapping[str, Any]:
+        """The same in a quantised format of the linear kernel."""
+        quantize = getattr(self._linear, "quantize")  # noqa: B009 - only where caps.quant says so
+        return _each(weights, lambda one: quantize(one, format))
 
     def __call__(
         self,
@@ -48,3 +47,9 @@ class RowMoe(ReferenceOp):
             y = self._linear(hidden, weights["w2"][expert]).float()
             out[rows] += y * gates[rows, expert, None]
         return out.to(x.dtype)
+
+
+def _each(
+    weights: Mapping[str, Tensor], pack: Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    return {name: [pack({"weight": e}) for e in weights[name].unbind(0)] for name in ("w13", "w2")}

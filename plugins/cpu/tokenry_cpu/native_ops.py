@@ -18,6 +18,9 @@ from tokenry.backend.reference import ReferenceOp, Sample
 from tokenry_cpu import native
 from tokenry_cpu.moe import RowMoe
 
+QUANT = frozenset({"int8", "int4"})
+"""int8: one scale an output channel; int4: one for 32 inputs of a channel."""
+
 
 def ops() -> Mapping[str, Op]:
     """The kernels by name."""
@@ -43,20 +46,20 @@ def kv_shape(spec: KVSpec, num_blocks: int) -> tuple[int, ...]:
 class Linear(ReferenceOp):
     """x @ weight.T + bias on packed weights."""
 
-    def pack(
-        self, weights: Mapping[str, Tensor], quantization: str | None = None
-    ) -> Mapping[str, Any]:
-        """Quantised if asked, else in the narrowest float format that loses nothing: a checkpoint
-        in bfloat16 or float16 stays in 16 bits.
+    def pack(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """In the narrowest float format that loses nothing: a checkpoint in bfloat16 or float16
+        stays in 16 bits.
         """
-        weight = weights["weight"]
-        if quantization is not None:
-            packed = native.Weight(weight.float(), weights.get("bias"), quantization)
-        else:
-            narrow = narrowest(weight)
-            name = str(narrow.dtype).removeprefix("torch.")
-            packed = native.Weight(narrow, weights.get("bias"), name)
-        return {"packed": packed}
+        narrow = narrowest(weights["weight"])
+        name = str(narrow.dtype).removeprefix("torch.")
+        return {"packed": native.Weight(narrow, weights.get("bias"), name)}
+
+    def quantize(self, weights: Mapping[str, Tensor], format: str) -> Mapping[str, Any]:
+        """In `QUANT`'s formats; activations are then quantised to 8 bits in each call, per row for
+        int8, per row and 32 inputs for int4.
+        """
+        weight = weights["weight"].float()
+        return {"packed": native.Weight(weight, weights.get("bias"), format)}
 
     def __call__(self, x: Tensor, weights: Mapping[str, Any]) -> Tensor:
         """[T, out]."""

@@ -280,6 +280,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, rule: Rule) -
         scores = torch.tanh_(scores.div_(rule.softcap)).mul_(rule.softcap)
     at = torch.arange(scores.shape[2])
     hidden = at > last
+    # what another request left there may be NaN, and 0 times NaN is NaN
+    values.masked_fill_((at > last.amax(1))[..., None], 0)
     if rule.window is not None:
         hidden |= at <= last - rule.window
     p = torch.softmax(scores.masked_fill_(hidden, -torch.inf), dim=-1)
