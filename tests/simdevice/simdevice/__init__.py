@@ -26,7 +26,7 @@ def install(name: str, *, memory: int = 2 << 30) -> Device:
     os.environ.update(environment(name, memory=memory))
     sys.path[:0] = [folder for folder in folders(name) if folder not in sys.path]
     importlib.import_module("torch")  # loads the stand-in by its entry point
-    importlib.import_module(_PACKAGES.get(name, "simdevice_any")).load()
+    importlib.import_module(_PACKAGES.get(name, "simdevice.anyname")).load()
     return current()
 
 

@@ -17,9 +17,17 @@ Program = Callable[..., object]
 
 
 def compile_static(
-    device: Device, backend: str, graph: torch.fx.GraphModule, inputs: Sequence[object]
+    device: Device,
+    backend: str,
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[object],
+    *,
+    cached: bool = False,
 ) -> Program:
-    """One program of `graph`. Raises DynamicShape, VendorRefuses, NewProgram (dynamo wraps them)."""
+    """One program of `graph`; `cached` says that a compiler would have found it on disk.
+
+    Raises DynamicShape, VendorRefuses, NewProgram; dynamo wraps them into its BackendCompilerFailed.
+    """
     for value in inputs:
         _check_static(backend, "an input", value)
         if isinstance(value, torch.Tensor) and value.device.type != device.name and value.dim() > 0:
@@ -29,7 +37,7 @@ def compile_static(
             )
     for node in graph.graph.nodes:
         _check_static(backend, f"{node.op} {node.target}", node.meta.get("example_value"))
-    device.note_program(f"{backend}: a program of {len(graph.graph.nodes)} nodes")
+    device.note_program(f"{backend}: a program of {len(graph.graph.nodes)} nodes", cached=cached)
 
     def run(*args: object) -> object:
         with device.program():

@@ -36,7 +36,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What happened since `reset_counts`. `loose_kernels` ran outside any program or replay."""
+    """What happened since `reset_counts`.
+
+    `loose_kernels` ran outside any program or replay; `cached_programs` of `programs` were found in a compiler's
+    cache on disk; `view_writes` are writes in place through a view.
+    """
 
     kernels: int
     loose_kernels: int
@@ -46,6 +50,7 @@ class Counts:
     async_copies_to_host: int
     copies_to_device: int
     programs: int
+    cached_programs: int
     recipes: int
     captures: int
     replays: int
@@ -58,8 +63,8 @@ class Counts:
 
     @property
     def compilations(self) -> int:
-        """Everything that costs a compilation: programs, recipes and captures."""
-        return self.programs + self.recipes + self.captures
+        """Everything that costs a compilation: programs not cached, recipes and captures."""
+        return self.programs - self.cached_programs + self.recipes + self.captures
 
 
 @contextlib.contextmanager
@@ -86,7 +91,7 @@ class Device:
         self.library.call("options", promote, lazy, name != "hpu")
         self.library.call("set_limit", memory)
         self._lock = threading.Lock()
-        self._programs = 0
+        self._programs = self._cached_programs = 0
         self.strict_now = False
 
     def memory(self) -> Memory:
@@ -105,13 +110,13 @@ class Device:
     def counts(self) -> Counts:
         """What happened since `reset_counts` (or the start)."""
         now = self.library.counters()
-        fields = {key: now[key] for key in Counts.__dataclass_fields__ if key != "programs"}
-        return Counts(programs=self._programs, **fields)
+        now |= {"programs": self._programs, "cached_programs": self._cached_programs}
+        return Counts(**{key: now[key] for key in Counts.__dataclass_fields__})
 
     def reset_counts(self) -> None:
         """All counts (not memory) start again from 0."""
         self.library.call("reset_counters")
-        self._programs = 0
+        self._programs = self._cached_programs = 0
 
     def kernel_counts(self) -> dict[str, int]:
         """How often each operator ran, by `aten::name.overload`."""
@@ -136,12 +141,13 @@ class Device:
         self.strict_now = False
         self.library.call("set_strict", False)
 
-    def note_program(self, what: str) -> None:
-        """Counts a program that a dynamo backend compiled. Raises NewProgram when strict."""
+    def note_program(self, what: str, *, cached: bool = False) -> None:
+        """Counts a program that a dynamo backend made. Raises NewProgram when strict."""
         if self.strict_now:
             raise NewProgram(f"{what} was compiled after strict() was called")
         with self._lock:
             self._programs += 1
+            self._cached_programs += cached
 
     @contextlib.contextmanager
     def no_host_sync(self) -> Iterator[None]:

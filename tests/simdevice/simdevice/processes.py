@@ -15,11 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simdevice.build import library
+from simdevice.build import build_folder, library
 
 ROOT = Path(__file__).parents[1]
 STAND_INS = {"hpu": ROOT / "habana", "neuron": ROOT / "neuron", "cuda": ROOT / "nvidia"}
-ANY_NAME = ROOT / "anyname"
+ANY_NAME = """[torch.backends]
+device_backend = simdevice.anyname:load
+
+[torch_dynamo_backends]
+{name} = simdevice.anyname:compile_program
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,22 @@ def folders(name: str) -> list[str]:
     """What has to be on the path: this package and the device's stand-in."""
     if not name.isidentifier():
         raise ValueError(f"a device name is an identifier, not {name!r}")
-    return [str(ROOT), str(STAND_INS.get(name, ANY_NAME))]
+    return [str(ROOT), str(STAND_INS.get(name) or _named_package(name))]
+
+
+def _named_package(name: str) -> Path:
+    """The metadata of a device that has no stand-in of its own: its entry points under this name."""
+    folder = build_folder() / f"device-{name}"
+    metadata = folder / f"simdevice_{name}-1.0.dist-info"
+    metadata.mkdir(parents=True, exist_ok=True)
+    for file, text in {
+        "METADATA": f"Metadata-Version: 2.1\nName: simdevice-{name}\nVersion: 1.0\n",
+        "entry_points.txt": ANY_NAME.format(name=name),
+    }.items():
+        partial = metadata / f"{file}.{os.getpid()}"
+        partial.write_text(text)
+        partial.replace(metadata / file)
+    return folder
 
 
 def environment(
