@@ -109,12 +109,14 @@ class HpuBackend(Backend):
         self.caps = Caps(
             input_device="hpu",
             dtypes=("bfloat16", "float32"),
-            fp8="e4m3_240" if "2" in device.name else "e4m3fn",
+            fp8="e4m3fn" if device.name == "Gaudi 3" else "e4m3_240",
             block_sizes=(128, 64, 32, 16),
             shapes=ShapeRules(
                 static=True, uniform_q=True, kv_axis="total", multiple_of={"tokens": 128}
             ),
             phases=PhaseRules(mixed=False, max_prefill_seqs=1),
+            # gathering fed-back tokens has a shape per mix of launches, each a recipe of its own
+            token_feedback=not lazy,
             graphs="capture" if lazy else "none" if options.graphs == "none" else "aot",
             dist="hccl",
             collectives=frozenset({"all_reduce", "all_gather", "reduce_scatter"}),
@@ -126,13 +128,12 @@ class HpuBackend(Backend):
 
     def synchronize(self) -> None:
         """Launch what lazy mode has gathered, wait for all of it."""
-        if self._vendor.lazy:
-            self._vendor.mark_step()
+        self._vendor.mark()
         self._vendor.hpu.synchronize()
 
     def fetch(self, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
         """Copies behind what has been launched so far; later work is not waited for."""
-        copies = [t.detach().to("cpu", non_blocking=True) for t in tensors]
+        copies = [torch.empty(t.shape, dtype=t.dtype).copy_(t, non_blocking=True) for t in tensors]
         done = self._vendor.hpu.Event()
         done.record()
 

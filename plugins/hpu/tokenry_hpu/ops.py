@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from tokenry.backend.base import Op, StepBatch
+from tokenry.backend import reference
+from tokenry.backend.base import Op, SampleInputs, StepBatch
 from tokenry.backend.contract import HostBatch
 from tokenry.backend.reference import ReferenceOp, ScoreRule, activation
 from tokenry.errors import UncoveredShape
@@ -141,7 +142,7 @@ def _capped(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, rule: ScoreRu
     KH = keys.shape[1]
     grouped = q.view(T, KH, H // KH, D).permute(1, 2, 0, 3)  # [KH, G, T, D]
     scores = torch.matmul(grouped, keys.permute(1, 2, 0)[:, None]).float() * rule.scale
-    p = torch.softmax(_cap(scores, rule) + mask[0], dim=-1).to(q.dtype)
+    p = torch.softmax(_cap(scores, rule) + mask[0].float(), dim=-1).to(q.dtype)
     out = torch.matmul(p, values.transpose(0, 1)[:, None])
     return out.permute(2, 0, 1, 3).reshape(T, H, D)
 
@@ -304,8 +305,21 @@ class Moe(ReferenceOp):
         return experts(x, ids, gates.to(x.dtype), weights, kind)
 
 
+class Sample(reference.Sample):
+    """The reference; what it launches is a recipe of its own, the same after every program."""
+
+    def __init__(self, vendor: Vendor) -> None:
+        self._vendor = vendor
+
+    def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
+        """[R] int32."""
+        drawn = super().__call__(logits, inputs)
+        self._vendor.mark()
+        return drawn
+
+
 def hpu_ops(vendor: Vendor, fp8_max: float | None) -> Mapping[str, Op]:
-    """All but `sample`."""
+    """All seven."""
     return {
         "attention": Attention(vendor),
         "linear": Linear(fp8_max),
@@ -313,4 +327,5 @@ def hpu_ops(vendor: Vendor, fp8_max: float | None) -> Mapping[str, Op]:
         "rope": Rope(vendor),
         "act_mul": ActMul(),
         "moe": Moe(),
+        "sample": Sample(vendor),
     }

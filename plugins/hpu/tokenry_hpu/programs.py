@@ -72,9 +72,9 @@ class Programs:
         return function
 
     def _run(self, run: Callable[..., Tensor], batch: StepBatch) -> Tensor:
+        self._vendor.mark()
         out = run(*_tensors(batch))
-        if self._vendor.lazy:
-            self._vendor.mark_step()
+        self._vendor.mark()
         return out
 
     def _first_run(self, run: Callable[..., Tensor], batch: StepBatch) -> Tensor:

@@ -81,13 +81,18 @@ class Vendor:
     """What was loaded: the module torch.hpu, the classes and functions of `SYMBOLS`."""
 
     hpu: Any
-    mark_step: Any
+    launch: Any
     metrics: Any
     sdpa: Any
     rms_norm: Any
     rotary: Any
     blockwise: Any
     lazy: bool
+
+    def mark(self) -> None:
+        """What lazy mode has gathered is one recipe, and starts; nothing in eager mode."""
+        if self.lazy:
+            self.launch()
 
     def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
         """`module`, recorded at its first call and replayed from then on (lazy mode only)."""
@@ -124,7 +129,7 @@ def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int 
         environ[VISIBLE] = str(module) if visible == "all" else visible.split(",")[module]
     return Vendor(
         hpu=find(f"{HABANA}.hpu"),
-        mark_step=find(f"{HABANA}.core.mark_step"),
+        launch=find(f"{HABANA}.core.mark_step"),
         metrics=find(f"{HABANA}.hpu.metrics"),
         sdpa=find(f"{HABANA}.hpex.kernels.FusedSDPA"),
         rms_norm=find(f"{HABANA}.hpex.normalization.FusedRMSNorm"),
