@@ -36,8 +36,8 @@ def limits(**changes):
     return MemoryLimits(**values)
 
 
-def plan(device, chosen, model_len=4096):
-    return plan_memory(device, SPEC, chosen, model_len=model_len, probe=device.probe)
+def plan(device, chosen, model_len=4096, **more):
+    return plan_memory(device, SPEC, chosen, model_len=model_len, probe=device.probe, **more)
 
 
 def test_the_ledger_adds_up_to_no_more_than_the_budget():
@@ -53,6 +53,36 @@ def test_the_ledger_adds_up_to_no_more_than_the_budget():
 def test_no_more_blocks_than_all_sequences_can_use():
     made = plan(Device(100_000 * MIB, weights=0), limits(max_num_seqs=2, max_model_len=64))
     assert made.num_blocks == 2 * 2 * 4 + 1
+    assert made.notes[0].startswith("the KV cache takes 17 of the ")
+
+
+def test_what_was_asked_for_is_never_cut():
+    device = Device(100_000 * MIB, weights=0)
+    few = {"max_num_seqs": 2, "max_model_len": 64}
+    by_count = plan(device, limits(num_kv_blocks=5000, **few))
+    by_bytes = plan(device, limits(kv_cache_bytes=5000 * SPEC.block_bytes, **few))
+    assert (by_count.num_blocks, by_bytes.num_blocks) == (5000, 5000)
+    assert by_count.notes == by_bytes.notes == ()
+
+
+def test_what_was_used_before_the_weights_is_not_called_weights():
+    made = plan(Device(100 * MIB, weights=20 * MIB), limits(), used_before=15 * MIB)
+    assert made.ledger["runtime"] == 15 * MIB
+    assert made.ledger["weights"] == 5 * MIB
+    fixed = limits(num_kv_blocks=50, max_model_len=64)
+    made = plan(Device(100 * MIB, weights=20 * MIB), fixed, used_before=15 * MIB)
+    assert (made.ledger["runtime"], made.ledger["weights"]) == (15 * MIB, 5 * MIB)
+
+
+def test_a_backend_that_knows_its_weights_keeps_them():
+    class Exact(Device):
+        def plan_kv(self, spec, budget, probe):
+            kv = 300 * spec.block_bytes
+            return KVPlan(num_blocks=300, ledger={"weights": 4 * MIB, "kv": kv})
+
+    made = plan(Exact(100 * MIB, weights=20 * MIB), limits(), used_before=2 * MIB)
+    assert made.ledger["weights"] == 4 * MIB
+    assert "runtime" not in made.ledger
 
 
 def test_a_context_that_does_not_fit_is_fitted_with_a_line_that_says_so():

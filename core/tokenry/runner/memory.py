@@ -16,6 +16,7 @@ from tokenry.backend.contract import KVPlan, KVSpec, MemoryInfo
 from tokenry.errors import KVCacheTooSmall
 
 GIB = 2**30
+MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,30 +61,51 @@ def plan_memory(
     *,
     model_len: int,
     probe: Callable[[], None] | None,
+    used_before: int = 0,
 ) -> MemoryPlan:
-    """Blocks and context that fit. `model_len` is the longest context that the model knows."""
+    """Blocks and context that fit. `model_len` is the longest context that the model knows;
+    `used_before` what the device said was used before the weights came: the ledger's `runtime`.
+    """
     wanted = limits.max_model_len or model_len
     memory = backend.memory()
-    budget = int(memory.total * limits.memory_fraction)
+    notes = []
     if limits.num_kv_blocks is not None:
         plan = _fixed(memory, spec, limits.num_kv_blocks)
     elif limits.kv_cache_bytes is not None:
         plan = _fixed(memory, spec, limits.kv_cache_bytes // spec.block_bytes)
     else:
-        plan = backend.plan_kv(spec, budget, probe)
+        plan = backend.plan_kv(spec, int(memory.total * limits.memory_fraction), probe)
+    num_blocks = plan.num_blocks
     useful = 2 * limits.max_num_seqs * -(-wanted // spec.block_size) + 1
-    num_blocks = min(plan.num_blocks, useful)
-    ledger = {**plan.ledger, "kv": num_blocks * spec.block_bytes}
+    if num_blocks > useful and limits.num_kv_blocks is None and limits.kv_cache_bytes is None:
+        notes.append(
+            f"the KV cache takes {useful} of the {num_blocks} blocks that fit: twice what "
+            f"{limits.max_num_seqs} requests of {wanted} tokens can hold (--max-num-seqs)"
+        )
+        num_blocks = useful
+    ledger = _split({**plan.ledger, "kv": num_blocks * spec.block_bytes}, memory, used_before)
     fits = (num_blocks - 1) * spec.block_size
     if fits >= wanted:
-        return MemoryPlan(num_blocks=num_blocks, max_model_len=wanted, ledger=ledger, notes=())
+        return MemoryPlan(
+            num_blocks=num_blocks, max_model_len=wanted, ledger=ledger, notes=tuple(notes)
+        )
     if limits.max_model_len is not None or fits < spec.block_size:
         raise _too_small(spec, limits, wanted, fits, num_blocks)
-    note = (
+    notes.append(
         f"max_model_len fitted to {fits} of the model's {wanted}: the KV cache has "
         f"{num_blocks * spec.block_bytes / GIB:.2f} GiB"
     )
-    return MemoryPlan(num_blocks=num_blocks, max_model_len=fits, ledger=ledger, notes=(note,))
+    return MemoryPlan(num_blocks=num_blocks, max_model_len=fits, ledger=ledger, notes=tuple(notes))
+
+
+def _split(ledger: Mapping[str, int], memory: MemoryInfo, used_before: int) -> Mapping[str, int]:
+    """Where a backend gives all that is used as the weights, what was used before them stands by
+    itself: on the CPU that is the process with its libraries, mostly more than a small model.
+    """
+    used = ledger.get("weights", 0)
+    if not 0 < used_before < used or abs(used - memory.used) > MIB:
+        return ledger
+    return {"runtime": used_before, **ledger, "weights": used - used_before}
 
 
 def _fixed(memory: MemoryInfo, spec: KVSpec, num_blocks: int) -> KVPlan:

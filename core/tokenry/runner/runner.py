@@ -106,6 +106,7 @@ class ModelRunner:
         self._fed: list[RequestState] = []
         self._log = StepLog(config.record_steps) if config.record_steps is not None else None
         progress("loading weights", 0.0)
+        used_before = backend.memory().used
         self._step = backend.build_model(spec, weights, self._ops)
         self.block_size = self._pick_block_size(config.block_size)
         self._kv_spec = KVSpec(
@@ -116,7 +117,7 @@ class ModelRunner:
             dtype=spec.dtype,
         )
         progress("planning memory", 0.0)
-        self.plan = self._plan(config, spec.max_model_len)
+        self.plan = self._plan(config, spec.max_model_len, used_before)
         self._extent = self._extent_of(config, self.plan.max_model_len, self.plan.num_blocks)
         kv = backend.alloc_kv(self._kv_spec, self.plan.num_blocks)
         self._kv = kv
@@ -170,10 +171,15 @@ class ModelRunner:
             total_blocks=num_blocks,
         )
 
-    def _plan(self, config: RunnerConfig, model_len: int) -> MemoryPlan:
+    def _plan(self, config: RunnerConfig, model_len: int, used_before: int) -> MemoryPlan:
         probe = None if self._caps.kv_baked else lambda: self._probe(config, model_len)
         return plan_memory(
-            self._backend, self._kv_spec, config.memory, model_len=model_len, probe=probe
+            self._backend,
+            self._kv_spec,
+            config.memory,
+            model_len=model_len,
+            probe=probe,
+            used_before=used_before,
         )
 
     def _probe(self, config: RunnerConfig, model_len: int) -> None:
