@@ -250,6 +250,18 @@ def _conform_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=conformance.run)
 
 
+def _buckets_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.planning.buckets_command").add_arguments(parser)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.planning.plan_command").add_arguments(parser)
+
+
 def _version_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_version)
 
@@ -267,6 +279,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "compile": ("fill a backend's cache of programs, also without its device", _compile_options),
     "bench": ("measure", _bench_options),
     "conform": ("ask a backend whether it keeps the contract's rules", _conform_options),
+    "buckets": ("which programs a device would get, and their padding", _buckets_options),
+    "plan": ("does a model fit on a device, from its config.json alone", _plan_options),
     "version": ("print the version", _version_options),
 }
 

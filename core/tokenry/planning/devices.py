@@ -1,7 +1,7 @@
 """Devices by name, from data: how much memory, how fast, and what their programs look like.
 
-In: a name such as `NAME` or `NAMEx8`. Out: `DeviceFigures` and how many, or a ConfigError that lists
-what is known. The figures are in devices.toml: this file knows no vendor.
+In: a name such as `NAME` or `NAMEx8`. Out: `DeviceFigures` and how many, or a ConfigError that
+lists what is known. The figures are in devices.toml: this file knows no vendor.
 """
 
 from __future__ import annotations

@@ -32,8 +32,14 @@ class Part:
 
     def on_each(self, devices: int, kv_heads: int) -> int:
         """Of `devices` equal devices, how many weights each holds."""
-        ways = {"all": devices, "kv_heads": min(devices, kv_heads), "none": 1}[self.split]
-        return -(-self.count // ways)
+        return -(-self.count // self._ways(devices, kv_heads))
+
+    def active_on_each(self, devices: int, kv_heads: int) -> int:
+        """Of these, how many one token is multiplied with."""
+        return -(-self.active // self._ways(devices, kv_heads))
+
+    def _ways(self, devices: int, kv_heads: int) -> int:
+        return {"all": devices, "kv_heads": min(devices, kv_heads), "none": 1}[self.split]
 
 
 def parts_of(model: ModelConfig) -> list[Part]:
