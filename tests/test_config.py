@@ -53,3 +53,10 @@ def test_size_that_is_no_number_is_one_error(value):
 def test_negative_device_is_refused():
     with pytest.raises(ConfigError, match="device_index"):
         load(EngineConfig, {"model": "demo", "device_index": -1}, environ={})
+
+
+def test_no_quantization_is_none_however_it_is_said():
+    assert load(EngineConfig, {"model": "m", "quantization": None}).quantization is None
+    assert load(EngineConfig, {"model": "m", "quantization": "int4"}).quantization == "int4"
+    with pytest.raises(ConfigError, match="'int5' is not one of int8, int4"):
+        load(EngineConfig, {"model": "m", "quantization": "int5"})

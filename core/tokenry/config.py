@@ -153,7 +153,7 @@ class ServerConfig:
         "answer unknown request fields with 400 (otherwise a header names them)", False
     )
     log_level: Literal["debug", "info", "warning", "error"] = _f("how much is logged", "info")
-    log_prompts: bool = _f("log prompt text (off: only ids and counts)", False)
+    log_prompts: bool = _f("tell each request's prompt in its line of the log (off: only ids and counts)", False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -299,7 +299,7 @@ class _Kind:
 def _kind(cls: type, name: str) -> _Kind:
     hint = typing.get_type_hints(cls)[name]
     optional = False
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         optional = True
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if typing.get_origin(hint) is tuple:

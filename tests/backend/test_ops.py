@@ -205,5 +205,5 @@ def test_weights_are_packed_in_the_format_that_was_asked_and_a_head_keeps_8_bits
 
 
 def test_quantised_weights_are_refused_where_the_op_has_none():
-    with pytest.raises(BackendError, match="int8.*no quantised weights"):
+    with pytest.raises(BackendError, match=r"int8.*no quantised weights"):
         OpTable(quantization="int8").pack(OPS["linear"], {"weight": torch.ones(1, 1)})
