@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,20 +30,35 @@ class Server:
             env={**os.environ, "PYTHONPATH": path, **(environ or {})},
         )
         self.lines = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.url = None
+        self.listening = threading.Event()
+        self.reader.start()
+        self.listening.wait(60)
+        if self.url is None:
+            raise AssertionError("".join(self.lines))
+        self.http = httpx2.Client(base_url=self.url, timeout=60)
+
+    def _read(self):
+        """All that the server says, so that it never waits for its reader."""
         for line in self.process.stderr:
             self.lines.append(line)
             if found := re.search(r"listening on (\S+),", line):
                 self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.lines))
-        self.http = httpx2.Client(base_url=self.url, timeout=60)
+                self.listening.set()
+        self.listening.set()
+
+    def end(self):
+        """End the server; all lines that it said."""
+        assert self.close() == 0
+        self.reader.join(20)
+        return self.lines
 
     def wait_ready(self):
         for _ in range(600):
             if self.http.get("/readyz").status_code == 200:
                 return self
-            assert self.process.poll() is None, self.process.stderr.read()
+            assert self.process.poll() is None, "".join(self.lines)
             time.sleep(0.05)
         raise AssertionError("not ready")
 

@@ -105,8 +105,9 @@ def test_sigterm_lets_running_requests_finish(start_toy):
 
 def test_failed_start_prints_one_cause_and_its_mend(start_toy):
     server = start_toy(TOY_FAIL="1")
-    text = "".join(server.process.stderr)
     assert server.process.wait(20) == 1
+    server.reader.join(20)
+    text = "".join(server.lines)
     assert "The toy is broken." in text
     assert "glue it" in text
 

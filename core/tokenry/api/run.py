@@ -15,6 +15,7 @@ from types import TracebackType
 
 from starlette.requests import Request
 
+from tokenry.api.request_log import Account
 from tokenry.api.service import Service
 from tokenry.errors import RequestError, StepFailed
 from tokenry.outputs import RequestOutput
@@ -39,6 +40,7 @@ class Run:
         self._request_id = request_id
         self._queue: asyncio.Queue[Update] = asyncio.Queue()
         self._ids: dict[str, int] = {}
+        self._accounts: dict[str, Account] = {}
         self._begun_s = time.monotonic()
         self._last_s: dict[tuple[int, int], float] = {}
 
@@ -78,6 +80,7 @@ class Run:
                     param=prompt.param,
                 )
                 self._ids[name] = i
+                self._accounts[name] = self._account(name, prompt)
         except RequestError:
             self.close()
             raise
@@ -97,6 +100,7 @@ class Run:
         """Abort what is not finished."""
         for name in self._ids:
             self._service.engine.abort(name)
+            self._accounts[name].close("abort")
             self._service.metrics.finished("abort", time.monotonic() - self._begun_s)
         self._ids.clear()
 
@@ -111,14 +115,18 @@ class Run:
                 continue
             if update.error is not None:
                 del self._ids[update.request_id]
+                self._accounts[update.request_id].close("error")
                 self._service.metrics.finished("error", time.monotonic() - self._begun_s)
                 raise update.error
             assert update.output is not None or not update.finished
             if update.output is not None:
                 index = self._ids[update.request_id]
+                account = self._accounts[update.request_id]
+                account.take(update.output)
                 self._count(index, update.output)
                 if update.output.finished:
                     del self._ids[update.request_id]
+                    account.close()
                 yield index, update.output
 
     async def _next(self) -> Update | None:
@@ -138,6 +146,12 @@ class Run:
             if item is not None:
                 done[item[0]] = item[1]
         return [done[i] for i in sorted(done)]
+
+    def _account(self, name: str, prompt: Prompt) -> Account:
+        told: str | Sequence[int] | None = None
+        if self._service.config.log_prompts:
+            told = prompt.token_ids if prompt.text is None else prompt.text
+        return Account(name, len(prompt.token_ids), prompt=told)
 
     def _count(self, index: int, output: RequestOutput) -> None:
         now = time.monotonic()

@@ -20,12 +20,14 @@ import uvicorn
 
 from tokenry.api.app import make_app
 from tokenry.api.metrics import Metrics
+from tokenry.api.request_log import set_up_logging
 from tokenry.api.service import Service
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig, ServerConfig
 from tokenry.engine_process import DEFAULT_FACTORY
 from tokenry.errors import ConfigError
 from tokenry.messages import Ready
+from tokenry.startup import StartLog, describe, follow
 
 _POLL_S = 0.05
 
@@ -64,6 +66,7 @@ def serve(
     engine_config: EngineConfig, server_config: ServerConfig, *, factory: str = DEFAULT_FACTORY
 ) -> int:
     """Serve until a signal ends it; raises TokenryError if the start fails."""
+    set_up_logging(server_config.log_level)
     listener = listen(server_config)
     with contextlib.closing(listener):
         import uvloop
@@ -128,13 +131,7 @@ async def _load(engine: AsyncEngine, stop: asyncio.Event) -> bool:
     loading = asyncio.create_task(_launch(engine))
     stopping = asyncio.create_task(stop.wait())
     try:
-        phase = ""
-        while not loading.done() and not stopping.done():
-            await asyncio.wait((loading, stopping), timeout=_POLL_S, return_when="FIRST_COMPLETED")
-            if engine.progress.phase != phase:
-                phase = engine.progress.phase
-                if phase != "ready":
-                    _say(f"  {phase} ...")
+        await follow(StartLog(), lambda: engine.progress, loading, stopping)
         if loading.done():
             loading.result()
             return True
@@ -165,23 +162,12 @@ def _address(listener: socket.socket, config: ServerConfig) -> str:
 
 
 def _welcome(ready: Ready, address: str, name: str) -> list[str]:
-    ledger = ", ".join(f"{what} {_bytes(size)}" for what, size in ready.ledger.items())
-    tokens = ready.num_blocks * ready.block_size
     body = f'{{"model":"{name}","prompt":"Once upon a time","max_tokens":200,"stream":true}}'
     return [
-        f"{ready.architecture} in {ready.dtype} on {ready.device_name} ({ready.backend})",
-        f"memory: {ledger}" if ledger else "memory: not told by the backend",
-        f"context {ready.max_model_len} tokens, KV cache for {tokens} tokens: "
-        f"{tokens / ready.max_model_len:.1f} requests of that length at once",
-        *(f"note: {note}" for note in ready.notes),
+        *describe(ready),
         f"try:  curl -N {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
         f"page: {address}/",
     ]
-
-
-def _bytes(size: int) -> str:
-    units: list[tuple[str, int]] = [("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)]
-    return next((f"{size / n:.1f} {unit}" for unit, n in units if size >= n), f"{size} B")
 
 
 def _say(line: str) -> None:
