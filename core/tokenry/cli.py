@@ -1,4 +1,5 @@
-"""The command line: serve, generate, chat, devices, compile, bench, conform, version.
+"""The command line: serve, generate, chat, devices, compile, bench, conform, buckets, plan,
+version.
 
 In: argv, a YAML file, TOKENRY_* variables. Out: an exit code: 0, 1 (it failed) or 2 (it was called
 wrongly). An error is one cause and its mend on stderr. Each command imports what it needs when it
@@ -89,6 +90,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory, hub id or installed model ('demo')")
     parser.add_argument("prompt", nargs="+", help="one or more prompts; '-' reads stdin")
+    parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     _sampling_options(parser, max_tokens=128)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, EngineConfig, skip=("model", "seed"))
@@ -100,7 +102,7 @@ def _generate(args: argparse.Namespace) -> int:
     config, params = _config(EngineConfig, args, skip=("seed",)), _params(args)
 
     async def run() -> None:
-        engine = await _start(config)
+        engine = await _start(config, quiet=args.quiet)
         try:
             for prompt in prompts:
                 print(prompt, end="", flush=True)
@@ -119,6 +121,7 @@ def _chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=_DEFAULT_URL, help=f"server (default: {_DEFAULT_URL})")
     parser.add_argument("--api-key", default="", help="key that the server asks for")
     parser.add_argument("--system", help="first message, of the role system")
+    parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     _sampling_options(parser, max_tokens=None)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, EngineConfig, skip=("model", "seed"))
@@ -131,7 +134,7 @@ def _chat(args: argparse.Namespace) -> int:
     config, params = _config(EngineConfig, args, skip=("seed",)), _params(args)
 
     async def run() -> None:
-        engine = await _start(config)
+        engine = await _start(config, quiet=args.quiet)
         try:
             messages = _opening(args)
             while (line := await asyncio.to_thread(_ask)) is not None:
@@ -321,10 +324,25 @@ def _ask() -> str | None:
     return line if line.strip() else _ask()
 
 
-async def _start(config: EngineConfig) -> AsyncEngine:
+async def _start(config: EngineConfig, *, quiet: bool) -> AsyncEngine:
     from tokenry.async_engine import AsyncEngine
+    from tokenry.startup import StartLog, describe, follow
 
-    return await AsyncEngine.start(config)
+    log, engine = StartLog(shown=not quiet), AsyncEngine(config)
+
+    async def launch() -> None:
+        await engine.launch()
+        await engine.wait_ready()
+
+    task = asyncio.create_task(launch())
+    try:
+        await follow(log, lambda: engine.progress, task)
+        await task
+    except BaseException:
+        await engine.shutdown()
+        raise
+    log.say(*describe(engine.ready))
+    return engine
 
 
 async def _deltas(

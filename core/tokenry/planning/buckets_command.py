@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tokenry.config import load as load_config
 from tokenry.engine.limits import EngineLimits
 from tokenry.errors import ConfigError
 from tokenry.models.config import ModelConfig
+from tokenry.planning.devices import find_device
+from tokenry.planning.ledger import ITEM_BYTES, Limits, make_plan
 from tokenry.planning.load import mixed_load, needs_of
 from tokenry.planning.parameters import parts_of
 from tokenry.planning.tuner import tune
@@ -56,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="recorded with `serve --record-steps FILE`; without it a mixed load is made up",
     )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="a device that is not here, as in `tokenry plan`, instead of --backend",
+    )
     parser.add_argument("--tune", action="store_true", help="pick buckets for the load")
     parser.add_argument("--output", metavar="FILE", help="where --tune writes the bucket file")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--output is where --tune writes.", mend="--tune --output FILE")
     names = {f.name for f in dataclasses.fields(EngineConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    device = open_device(load_config(EngineConfig, given, file=args.config))
+    device = find_device_of(load_config(EngineConfig, given, file=args.config), args.device)
     steps = read_steps(args.load) if args.load else mixed_load(device.limits)
     where = args.load or "a generated mixed load"
     if args.tune:
@@ -80,27 +88,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_device(config: EngineConfig) -> Device:
-    """Caps of the backend, and the largest step that the engine can ask of it."""
-    from tokenry.backend.discovery import choose, discover, open_backend
+def find_device_of(config: EngineConfig, figures: str | None) -> Device:
+    """Caps and room of a device that is open, or of one that is known by its figures; and the
+    largest step that the engine can ask of it.
+    """
     from tokenry.hub import find_model
     from tokenry.models.config import read_config
 
     model = read_config(find_model(config.model, config.revision))
-    ref = choose(discover(config.backend), config.backend, index=config.device_index)
-    backend = open_backend(ref, config.backend_options)
-    caps, memory = backend.caps, backend.memory()
+    name, caps, room = _opened(config) if figures is None else _planned(config, model, figures)
     block_size = config.block_size or caps.block_sizes[0]
     if block_size not in caps.block_sizes:
         raise ConfigError(
             f"--block-size {block_size}: this backend has {', '.join(map(str, caps.block_sizes))}.",
             mend=f"--block-size {caps.block_sizes[0]}",
         )
-    length = config.max_model_len or model.max_len
-    blocks = _num_blocks(config, model, block_size, memory.total, memory.free)
-    length = min(length, max(1, blocks - 1) * block_size)
+    blocks = _num_blocks(config, model, block_size, room)
+    length = min(config.max_model_len or model.max_len, max(1, blocks - 1) * block_size)
     return Device(
-        name=f"{ref.backend}: {ref.name}",
+        name=name,
         caps=caps,
         extent=Extent(
             max_seqs=config.max_num_seqs,
@@ -128,33 +134,72 @@ def open_device(config: EngineConfig) -> Device:
     )
 
 
-def _num_blocks(
-    config: EngineConfig, model: ModelConfig, block_size: int, memory: int, free: int
-) -> int:
+Room = Callable[[KVSpec, int], int]
+"""(KV of the model, bytes of its weights) -> KV blocks that fit beside them."""
+
+
+def _opened(config: EngineConfig) -> tuple[str, Caps, Room]:
+    """A backend's own Caps; the device may be absent if the backend can do without."""
+    from tokenry.backend.discovery import choose, discover, open_backend
+
+    ref = choose(
+        discover(config.backend), config.backend, index=config.device_index, compile_only=True
+    )
+    backend = open_backend(ref, config.backend_options)
+    memory = backend.memory()
+    budget = min(int(memory.total * config.memory_fraction), memory.free)
+
+    def room(spec: KVSpec, weights: int) -> int:
+        return (budget - weights) * 9 // 10 // spec.block_bytes
+
+    return f"{ref.backend}: {ref.name}", backend.caps, room
+
+
+def _planned(config: EngineConfig, model: ModelConfig, figures: str) -> tuple[str, Caps, Room]:
+    """As `tokenry plan` has it."""
+    device, devices = find_device(figures)
+    plan = make_plan(
+        model,
+        device,
+        devices,
+        Limits(
+            dtype=_dtype(config, model),
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            memory_fraction=config.memory_fraction,
+            block_size=config.block_size,
+        ),
+    )
+    return f"{devices} x {device.name}", device.caps, lambda spec, weights: plan.num_blocks
+
+
+def _dtype(config: EngineConfig, model: ModelConfig) -> str:
+    return model.dtype if config.dtype == "auto" else config.dtype
+
+
+def _num_blocks(config: EngineConfig, model: ModelConfig, block_size: int, room: Room) -> int:
     """KV blocks that the device has room for beside the weights: about what `serve` will find."""
-    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
     spec = KVSpec(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         block_size=block_size,
-        dtype=dtype,
+        dtype=_dtype(config, model),
     )
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
     if config.kv_cache_bytes is not None:
         return max(2, config.kv_cache_bytes // spec.block_bytes)
-    item = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
-    weights = sum(part.count for part in parts_of(model)) * item
-    room = min(int(memory * config.memory_fraction), free) - weights
+    weights = sum(part.count for part in parts_of(model)) * ITEM_BYTES[spec.dtype]
     length = config.max_model_len or model.max_len
     useful = 2 * config.max_num_seqs * -(-length // block_size) + 1
-    found = min(useful, room * 9 // 10 // spec.block_bytes)
+    found = min(useful, room(spec, weights))
     if found < 2:
         raise ConfigError(
             f"The weights ({weights / 2**30:.2f} GiB) leave no room for KV blocks of "
-            f"{spec.block_bytes} bytes.",
-            mend="--num-kv-blocks N to plan nevertheless",
+            f"{block_size} tokens.",
+            mend="--num-kv-blocks N to go on nevertheless, and see `tokenry plan`",
         )
     return found
 

@@ -76,13 +76,25 @@ SHARED_PREFIX = 0.4
 
 
 def mixed_load(limits: EngineLimits, *, requests: int = 200, seed: int = 0) -> list[Step]:
-    """Steps that the scheduler plans for a mixed load: arrivals in waves, three sorts of requests,
-    some with a shared beginning. The same for the same arguments.
+    """Steps that the scheduler plans for a mixed load. The same for the same arguments."""
+    runner = _Recorder()
+    run_mixed_load(EngineCore(limits, runner), limits, requests=requests, seed=seed)
+    return runner.steps
+
+
+def run_mixed_load(
+    core: EngineCore,
+    limits: EngineLimits,
+    *,
+    requests: int = 200,
+    seed: int = 0,
+    vocab_size: int = 10**6,
+) -> None:
+    """Drive an engine to the end of a mixed load: arrivals in waves, three sorts of requests, some
+    with a shared beginning.
     """
     rng = random.Random(seed)
-    runner = _Recorder()
-    core = EngineCore(limits, runner)
-    waiting = [_request(i, rng, limits) for i in range(requests)]
+    waiting = [_request(i, rng, limits, vocab_size) for i in range(requests)]
     at = 0
     while waiting or core.has_work():
         busy = (at // 300) % 2 == 0 or not core.has_work()
@@ -92,10 +104,9 @@ def mixed_load(limits: EngineLimits, *, requests: int = 200, seed: int = 0) -> l
         core.step()
         at += 1
     core.close()
-    return runner.steps
 
 
-def _request(i: int, rng: random.Random, limits: EngineLimits) -> AddRequest:
+def _request(i: int, rng: random.Random, limits: EngineLimits, vocab_size: int) -> AddRequest:
     guest = rng.choices(GUESTS, [g.share for g in GUESTS])[0]
     prompt, answer = (
         max(1, round(limits.max_model_len * share * rng.lognormvariate(0, spread)))
@@ -104,8 +115,8 @@ def _request(i: int, rng: random.Random, limits: EngineLimits) -> AddRequest:
     prompt = min(prompt, limits.max_model_len * 9 // 10)
     answer = min(answer, limits.max_model_len - prompt)
     shared = prompt // 2 if rng.random() < SHARED_PREFIX else 0
-    common = range(shared)
-    rest = (rng.randrange(10**6) for _ in range(prompt - shared))
+    common = (n % vocab_size for n in range(shared))
+    rest = (rng.randrange(vocab_size) for _ in range(prompt - shared))
     return AddRequest(
         request_id=str(i),
         token_ids=(*common, *rest),
