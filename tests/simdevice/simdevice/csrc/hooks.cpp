@@ -100,11 +100,20 @@ at::Generator host_generator(const at::Generator& generator) {
   return mine == nullptr ? generator : mine->inner;
 }
 
+// torch keeps the hooks object it made first, which may be the one that says "not built": it is then made anew in place
+template <class Mine, class Base>
+void take_over(const Base& kept) {
+  static_assert(sizeof(Mine) == sizeof(Base));
+  if (dynamic_cast<const Mine*>(&kept) == nullptr) new (const_cast<Base*>(&kept)) Mine();
+}
+
 void register_hooks() {
   if (device.type == c10::DeviceType::HPU) {
     at::HPUHooksRegistry()->Register("HPUHooks", [](at::HPUHooksArgs) { return std::make_unique<HpuHooks>(); });
+    take_over<HpuHooks>(at::detail::getHPUHooks());
   } else if (device.type == c10::DeviceType::CUDA) {
     at::CUDAHooksRegistry()->Register("CUDAHooks", [](at::CUDAHooksArgs) { return std::make_unique<CudaHooks>(); });
+    take_over<CudaHooks>(at::detail::getCUDAHooks());
   } else {
     static PrivateHooks hooks;
     at::RegisterPrivateUse1HooksInterface(&hooks);
