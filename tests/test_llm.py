@@ -79,7 +79,7 @@ def echo(monkeypatch):
         ledger={},
     )
     module = ModuleType("tokenry.assemble")
-    module.assemble = lambda config: SimpleNamespace(engine=engine, ready=ready)
+    module.assemble = lambda config, progress: SimpleNamespace(engine=engine, ready=ready)
     monkeypatch.setitem(sys.modules, "tokenry.assemble", module)
     return LLM("demo"), engine
 

@@ -20,6 +20,7 @@ from tokenry.hub import find_model
 from tokenry.messages import Ready, Stats, TokensEvent
 from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams
+from tokenry.startup import StartLog, describe
 from tokenry.text.outputs import OutputProcessor, Update
 from tokenry.text.tokenizer import Tokenizer
 
@@ -43,15 +44,22 @@ class LLM:
 
     model           directory, hub id, or a name that an installed package provides ("demo").
     chat_template   file with a Jinja chat template, instead of the tokenizer's.
+    progress        tell on stderr how far the start is and what the engine became.
     config          the fields of EngineConfig (or vLLM's names for them); a wrong one is a
                     ConfigError.
     """
 
     def __init__(
-        self, model: str, *, chat_template: str | Path | None = None, **config: Any
+        self,
+        model: str,
+        *,
+        chat_template: str | Path | None = None,
+        progress: bool = True,
+        **config: Any,
     ) -> None:
         from tokenry.assemble import assemble
 
+        log = StartLog(shown=progress)
         self.config = load(EngineConfig, {"model": str(model), **_own_names(config)})
         directory = find_model(self.config.model, self.config.revision)
         source = directory if self.config.tokenizer is None else find_model(self.config.tokenizer)
@@ -59,8 +67,9 @@ class LLM:
             source, model_path=directory, chat_template_file=chat_template
         )
         resolved = dataclasses.replace(self.config, model=str(directory))
-        self._assembled: Assembled | None = assemble(resolved)
+        self._assembled: Assembled | None = assemble(resolved, log)
         self.ready: Ready = self._assembled.ready
+        log.say(*describe(self.ready))
         self._processor = OutputProcessor(
             self._tokenizer,
             max_model_len=self.ready.max_model_len,
