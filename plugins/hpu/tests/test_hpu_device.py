@@ -104,7 +104,7 @@ simdevice.report([[x.caps.fp8, x.caps.graphs, x.caps.token_feedback, x.caps.dist
     )
     assert found == [["e4m3_240", "aot", True, "hccl"], ["e4m3fn", "none", True, "hccl"]]
     lazy = on_device(
-        "b = backend(graphs='hpu_graphs'); simdevice.report([b.caps.graphs, b.caps.token_feedback])",
+        "c = backend(graphs='hpu_graphs').caps; simdevice.report([c.graphs, c.token_feedback])",
         lazy="1",
     )
     assert lazy == ["capture", False]
@@ -151,14 +151,14 @@ with make() as llm:
 """
     found = on_device(
         SERVE + body, lazy="1", memory=24 << 20, model=llama, root=str(tmp_path),
-        limits={"max_model_len": 160}, options={"graphs": "hpu_graphs", "graph_memory_fraction": 0.4},
+        limits={}, options={"graphs": "hpu_graphs", "graph_memory_fraction": 0.7},
     )  # fmt: skip
     ledger, blocks, allocated, program_bytes, name, dtype = found
-    assert (name, dtype) == ("Gaudi 3", "bfloat16")
+    assert (name, dtype) == ("Gaudi 3", "float32")
     assert ledger["weights"] > 50_000
     assert ledger["activations"] > 50_000
     room = int((24 << 20) * 0.9) - ledger["weights"] - ledger["activations"] - ledger["margin"]
-    assert abs(ledger["programs"] - 0.4 * room) < 0.02 * room
+    assert abs(ledger["programs"] - 0.7 * room) < 0.02 * room
     assert blocks > 20
     assert 0 < program_bytes < ledger["programs"]
     assert allocated < sum(ledger.values())
@@ -166,12 +166,10 @@ with make() as llm:
 
 def test_what_does_not_fit_is_an_error_with_figures(llama, tmp_path):
     body = "simdevice.report(error(make))"
-    caught = on_device(
-        SERVE + body, memory=1 << 20, model=llama, root=str(tmp_path), limits={"max_model_len": 160}
-    )
-    assert caught[0] in ("KVCacheTooSmall", "DeviceOOM")
-    assert "GiB" in caught[1]
-    assert "mend: --" in caught[1]
+    caught = on_device(SERVE + body, memory=1 << 20, model=llama, root=str(tmp_path), limits={})
+    assert caught[0] == "DeviceOOM"
+    assert "1048576 bytes" in caught[1]
+    assert "mend: --max-num-batched-tokens" in caught[1]
 
 
 def test_memory_that_ends_in_a_program_is_a_typed_error(llama, tmp_path):

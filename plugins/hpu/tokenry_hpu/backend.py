@@ -27,11 +27,11 @@ from tokenry.backend.contract import (
     PhaseRules,
     ShapeRules,
 )
-from tokenry.errors import ConfigError, DeviceOOM
+from tokenry.errors import ConfigError
 from tokenry_hpu.memory import plan_kv, read_memory
 from tokenry_hpu.ops import KVLayer, flat_blocks, hpu_ops
 from tokenry_hpu.programs import Programs, Way
-from tokenry_hpu.vendor import is_oom, load, load_hccl
+from tokenry_hpu.vendor import load, load_hccl, typed_oom
 
 log = logging.getLogger(__name__)
 FP8_MAX = {"e4m3_240": 240.0, "e4m3fn": 448.0}
@@ -154,19 +154,12 @@ class HpuBackend(Backend):
         shape = (num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
         kind: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
         kind["device"] = self.caps.input_device
-        try:
+        what = f"{num_blocks} KV blocks ({num_blocks * spec.block_bytes / 2**30:.2f} GiB)"
+        with typed_oom(what, "--max-model-len, --max-num-seqs or --memory-fraction lower"):
             return [
                 KVLayer(torch.zeros(shape, **kind), torch.zeros(shape, **kind), spec.block_size)
                 for _ in range(spec.num_layers)
             ]
-        except RuntimeError as error:
-            if not is_oom(error):
-                raise
-            raise DeviceOOM(
-                f"No memory on the device for {num_blocks} KV blocks "
-                f"({num_blocks * spec.block_bytes / 2**30:.2f} GiB).",
-                mend="--max-model-len, --max-num-seqs or --memory-fraction lower",
-            ) from error
 
     def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:
         """The flat list of blocks."""

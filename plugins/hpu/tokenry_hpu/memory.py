@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from tokenry.backend.contract import KVPlan, KVSpec, MemoryInfo
+from tokenry_hpu.vendor import typed_oom
+
+MEND = "--max-num-batched-tokens or --max-num-seqs lower, or a smaller model"
 
 
 def read_memory(hpu: Any) -> MemoryInfo:
@@ -27,13 +30,15 @@ def plan_kv(
     programs     `fraction` of what weights, activations and margin leave: recorded programs keep
                  their own buffers, which are only known when all of them have run.
     margin       2 % of the budget.
+    Raises DeviceOOM where the probe's step does not fit.
     """
     before = read_memory(hpu)
     activations = 0
     if probe is not None:
         hpu.reset_peak_memory_stats()
-        probe()
-        hpu.synchronize()
+        with typed_oom("the largest step beside the weights", MEND):
+            probe()
+            hpu.synchronize()
         activations = max(0, hpu.max_memory_allocated() - before.used)
     margin = budget // 50
     room = max(0, min(budget - before.used, before.free) - activations - margin)

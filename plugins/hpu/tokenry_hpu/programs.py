@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from tokenry.backend.base import Program, StepBatch
-from tokenry.errors import DeviceOOM, UncoveredShape
-from tokenry_hpu.vendor import DYNAMO_BACKEND, Vendor, is_oom
+from tokenry.errors import UncoveredShape
+from tokenry_hpu.vendor import DYNAMO_BACKEND, Vendor, typed_oom
 
 Way = Literal["compile", "hpu_graphs", "none"]
 FIELDS = (
     "token_ids", "positions", "slots", "q_start", "q_lens", "seq_lens", "block_table", "logit_rows",
 )  # fmt: skip
+MEND = "--backend-option graph_memory_fraction higher, or --max-num-seqs lower"
 
 
 class Programs:
@@ -48,13 +49,9 @@ class Programs:
             nonlocal fresh
             if _shapes(batch) != shapes:
                 raise UncoveredShape(f"The program of {example.bucket} was given {_shapes(batch)}.")
-            try:
-                if fresh:
-                    fresh = False
-                    return self._first_run(run, batch)
-                return self._run(run, batch)
-            except RuntimeError as error:
-                raise _worded(error, batch) from error
+            with typed_oom(f"{example.bucket}", MEND):
+                first, fresh = fresh, False
+                return self._first_run(run, batch) if first else self._run(run, batch)
 
         return program
 
@@ -121,12 +118,3 @@ def _tensors(batch: StepBatch) -> tuple[Tensor, ...]:
 
 def _shapes(batch: StepBatch) -> tuple[Any, ...]:
     return (batch.bucket, *((t.shape, t.dtype) for t in _tensors(batch)))
-
-
-def _worded(error: RuntimeError, batch: StepBatch) -> Exception:
-    if not is_oom(error):
-        return error
-    return DeviceOOM(
-        f"No memory on the device for {batch.bucket}: {str(error).splitlines()[0]}",
-        mend="--backend-option graph_memory_fraction higher, or --max-num-seqs lower",
-    )

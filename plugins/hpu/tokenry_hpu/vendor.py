@@ -10,17 +10,18 @@ github.com/vllm-project/vllm-gaudi; "docs" is docs.habana.ai.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenry.errors import BackendError, ConfigError
+from tokenry.errors import BackendError, ConfigError, DeviceOOM
 
 DISTRIBUTION = "habana-torch-plugin"
 WHERE = (
@@ -163,9 +164,18 @@ def find(path: str) -> Any:
     return value
 
 
-def is_oom(error: RuntimeError) -> bool:
-    """Whether the device had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in OOM_WORDS)
+@contextlib.contextmanager
+def typed_oom(what: str, mend: str) -> Iterator[None]:
+    """Raises DeviceOOM, "No memory on the device for {what}", where the device had none left."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip()
+        oom = isinstance(error, torch.OutOfMemoryError) or any(w in text for w in OOM_WORDS)
+        if not oom:
+            raise
+        first = text.splitlines()[0] if text else "no more is said"
+        raise DeviceOOM(f"No memory on the device for {what}: {first}", mend=mend) from error
 
 
 def experts(x: Tensor, ids: Tensor, gates: Tensor, weights: Mapping[str, Any], kind: str) -> Tensor:
