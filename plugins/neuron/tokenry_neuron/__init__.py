@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tokenry_neuron.backend import NeuronBackend
 
 __version__ = "0.1.0"
+ROOT = Path("/")
+"""Where device nodes and sysfs are looked for."""
 PACKAGE = "torch_neuronx"
 INSTALL = (
     "pip install torch-neuronx --extra-index-url https://pip.repos.neuron.amazonaws.com "
@@ -25,7 +27,7 @@ INSTALL = (
 @hookimpl
 def tokenry_probe() -> DeviceRef | None:
     """The first Neuron device, or None without one."""
-    return probe(Path("/"))
+    return probe(ROOT)
 
 
 @hookimpl
