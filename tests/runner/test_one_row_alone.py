@@ -105,6 +105,31 @@ def test_infinite_logits_are_an_error_as_nan_is(make_runner):
     assert rows["fine"].error is None
 
 
+def silencing(args):
+    return lambda history, logits: torch.full_like(logits, args["value"])
+
+
+@pytest.mark.parametrize(
+    ("params", "refused"),
+    [
+        (SamplingParams(allowed_token_ids=(5,), stop_token_ids=(5,), min_tokens=2), True),
+        (SamplingParams(temperature=0, allowed_token_ids=(9,), bad_words_ids=((9,),)), True),
+        (processed("silencing", value=-torch.inf), False),
+        (processed("silencing", value=torch.nan), False),
+    ],
+    ids=["min_tokens", "bad_words", "processor", "nan"],
+)
+def test_a_row_that_may_draw_nothing_is_an_error_and_no_token(make_runner, params, refused):
+    driver = Driver(make_runner(processors={"silencing": silencing}))
+    driver.add("bad", [5, 6], params)
+    driver.add("fine", [7, 8], SamplingParams(temperature=1.0, allowed_token_ids=(5,)))
+    rows = driver.run({"bad": 2, "fine": 2})
+    assert "nothing may be drawn" in rows["bad"].error
+    assert (rows["bad"].refusal is not None) == refused
+    assert rows["bad"].token_ids == ()
+    assert rows["fine"].token_ids == (5,)
+
+
 class SpyingSample(ReferenceOp):
     """The reference, and a list of what it was asked for."""
 

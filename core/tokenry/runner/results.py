@@ -18,11 +18,15 @@ from torch import Tensor
 from tokenry.errors import Refusal
 from tokenry.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from tokenry.runner.requests import RequestState
-from tokenry.runner.sampler import Draw, Sampled, Scores, score
+from tokenry.runner.sampler import LOGITS_BROKEN, Draw, Sampled, Scores, score
 from tokenry.runner.shapes import Launch, Share
 
 NAN_LOGITS = (
     "The model's logits are NaN or infinite: its weights or this prompt overflow the dtype."
+)
+NOTHING_TO_DRAW = (
+    "With the request's rules (allowed_token_ids, bad_words, logit_bias, min_tokens with its ends, "
+    "logits_processor) nothing may be drawn here."
 )
 
 
@@ -128,7 +132,7 @@ class PartialStep:
             any_broken = bool(broken.any())
             for index, i in rows.pairs:
                 if any_broken and broken[i]:
-                    self.fail(self._plan.rows[index].request_id, NAN_LOGITS)
+                    self._fail_draw(index, int(broken[i]))
                 else:
                     token_of[index] = int(tokens[i])
         logprobs, prompt_logprobs = self._finish_scores(arrays, token_of)
@@ -154,6 +158,15 @@ class PartialStep:
             )
         result = StepResult(step=self._plan.step, rows=tuple(results))
         return Outcome(result=result, lessons=lessons)
+
+    def _fail_draw(self, index: int, broken: int) -> None:
+        """The row's logits hold no token; what its logits processor raised is told rather."""
+        request_id = self._plan.rows[index].request_id
+        if broken & LOGITS_BROKEN:
+            self.fail(request_id, NAN_LOGITS)
+        elif request_id not in self._errors:
+            own = self._states[index].params.logits_processor is not None
+            self.fail(request_id, NOTHING_TO_DRAW if own else Refusal(message=NOTHING_TO_DRAW))
 
     def _finish_scores(
         self, arrays: Sequence[NDArray[Any]], token_of: dict[int, int]

@@ -29,6 +29,10 @@ LogitsProcessor = Callable[[IntArray, Tensor], Tensor]
 """(known tokens [n] int32, logits [vocab]) -> logits [vocab]."""
 ProcessorFactory = Callable[[Mapping[str, Any]], LogitsProcessor]
 PROCESSOR_GROUP = "tokenry.logits_processors"
+LOGITS_BROKEN, NOTHING_LEFT = 1, 2
+"""Bits of `Sampled.broken`: the model's logits are NaN or infinite; those that are left after the
+request's own rules are all -inf, or NaN.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,8 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """Device tensors of a launch: token_ids [R] int32, broken [R] bool (NaN or infinite logits).
+    """Device tensors of a launch: token_ids [R] int32; broken [R] uint8, not 0 where the token
+    means nothing (LOGITS_BROKEN, NOTHING_LEFT).
 
     errors   by row, what its logits processor raised: the row's token means nothing.
     """
@@ -97,9 +102,12 @@ class Sampler:
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw | None]) -> Sampled:
         """Draw for the rows that have a Draw (the others' results mean nothing)."""
-        broken = ~torch.isfinite(logits.amax(-1))  # the maximum is NaN if any logit is
+        # the maximum is NaN if any logit is
+        broken = (~torch.isfinite(logits.amax(-1))).to(torch.uint8) * LOGITS_BROKEN
         adjusted = self._adjust(logits, draws)
         errors = self._process(adjusted, draws)
+        if adjusted is not logits:
+            broken |= (~torch.isfinite(adjusted.amax(-1))).to(torch.uint8) * NOTHING_LEFT
         token_ids = self._op(adjusted, self._inputs(draws))
         return Sampled(token_ids=token_ids, broken=broken, errors=errors)
 
