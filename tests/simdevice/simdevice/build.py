@@ -1,7 +1,8 @@
 """The device's library: built once with the C++ compiler at hand, kept by torch version and source.
 
-In: the sources beside this file and the installed torch. Out: the path of a shared library. Imports no torch, so a
-parent process can build before it starts the one that uses it. Knows nothing of devices.
+In: the sources beside this file and the installed torch. Out: the path of a shared library. Imports
+no torch, so a parent process can build before it starts the one that uses it. Knows nothing of
+devices.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def build_folder() -> Path:
 
 
 def library() -> Path:
-    """The library for the installed torch, built if it is not there (about 30 s, one builder at a time)."""
+    """The library for the installed torch, built if it is not there; one builder at a time."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildFailed("torch is not installed here; mend: pip install torch")

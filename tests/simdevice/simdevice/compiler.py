@@ -1,7 +1,7 @@
 """A static-shape dynamo backend: what a vendor's graph compiler refuses, then eager execution.
 
-In: an FX graph from dynamo. Out: a callable that runs it as one program. Refuses dynamic shapes, values that depend on
-data, and tensors of other devices; counts programs.
+In: an FX graph from dynamo. Out: a callable that runs it as one program. Refuses dynamic shapes,
+values that depend on data, and tensors of other devices; counts programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def compile_static(
 ) -> Program:
     """One program of `graph`; `cached` says that a compiler would have found it on disk.
 
-    Raises DynamicShape, VendorRefuses, NewProgram; dynamo wraps them into its BackendCompilerFailed.
+    Raises DynamicShape, VendorRefuses, NewProgram; dynamo wraps them into its
+    BackendCompilerFailed.
     """
     for value in inputs:
         _check_static(backend, "an input", value)

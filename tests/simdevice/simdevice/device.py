@@ -1,7 +1,8 @@
 """The simulated device of this process: memory, counts, guarded regions, strictness.
 
-In: a name and the environment's settings. Out: `Device`, one per process, made by `attach` (which a stand-in package
-calls when torch loads it). Knows no vendor beyond the three names that torch itself treats differently.
+In: a name and the environment's settings. Out: `Device`, one per process, made by `attach` (which a
+stand-in package calls when torch loads it). Knows no vendor beyond the three names that torch
+itself treats differently.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Memory:
 class Counts:
     """What happened since `reset_counts`.
 
-    `loose_kernels` ran outside any program or replay; `cached_programs` of `programs` were found in a compiler's
-    cache on disk; `view_writes` are writes in place through a view.
+    `loose_kernels` ran outside any program or replay; `cached_programs` of `programs` were found in
+    a compiler's cache on disk; `view_writes` are writes in place through a view.
     """
 
     kernels: int
@@ -58,7 +59,7 @@ class Counts:
 
     @property
     def host_syncs(self) -> int:
-        """How often the host waited: scalar reads, blocking copies, shapes that depend on values."""
+        """Waits of the host: scalar reads, blocking copies, shapes that depend on values."""
         return self.scalar_reads + self.shape_reads + self.copies_to_host
 
     @property
@@ -170,27 +171,29 @@ class Device:
             self.library.call("in_program", -1)
 
 
-_current: Device | None = None
+_attached: list[Device] = []  # one at most: a process has one simulated device
 
 
 def attach(name: str) -> Device:
-    """The device of this process, made from the environment. A stand-in package calls it when torch loads it."""
-    global _current
-    if _current is None:
+    """The device of this process, made from the environment at the first call.
+
+    A stand-in package calls it when torch loads it. Raises Refused if the process has another.
+    """
+    if not _attached:
         memory = int(os.environ.get("SIMDEVICE_MEMORY", DEFAULT_MEMORY))
         promote = os.environ.get("SIMDEVICE_DTYPES", "refuse") == "promote"
         lazy = name == "hpu" and os.environ.get("PT_HPU_LAZY_MODE", "0") == "1"
-        _current = Device(name, memory, promote=promote, lazy=lazy)
-    elif _current.name != name:
-        raise Refused(f"this process already has the simulated device {_current.name}")
-    return _current
+        _attached.append(Device(name, memory, promote=promote, lazy=lazy))
+    if _attached[0].name != name:
+        raise Refused(f"this process already has the simulated device {_attached[0].name}")
+    return _attached[0]
 
 
 def current() -> Device:
     """The device of this process. Raises NoDevice."""
-    if _current is None:
+    if not _attached:
         raise NoDevice(
             "this process has no simulated device; mend: simdevice.install(name), or start the "
             "process with simdevice.environment(name)"
         )
-    return _current
+    return _attached[0]

@@ -1,6 +1,7 @@
 """What the simulated device refuses, as types.
 
-The library marks its refusals with a tag in front of the message; `typed` turns such a RuntimeError into the class.
+The library marks its refusals with a tag in front of the message; `typed` turns such a RuntimeError
+into the class.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Graph capture and replay, as stand-ins of vendors' graph objects use it.
 
-In: code run between begin and end. Out: `Graph.replay`, which runs the recorded calls on the recorded memory, or on
-other memory for some storages. Knows nothing of vendors' names.
+In: code run between begin and end. Out: `Graph.replay`, which runs the recorded calls on the
+recorded memory, or on other memory for some storages. Knows nothing of vendors' names.
 """
 
 from __future__ import annotations

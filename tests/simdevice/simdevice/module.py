@@ -1,6 +1,7 @@
 """The functions of a `torch.<name>` module: memory, streams, events, seeds, properties.
 
-In: a Device. Out: a dict of functions and classes that stand-ins put into their module. Knows nothing of vendors.
+In: a Device. Out: a dict of functions and classes that stand-ins put into their module. Knows
+nothing of vendors.
 """
 
 from __future__ import annotations

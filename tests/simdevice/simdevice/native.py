@@ -1,6 +1,7 @@
 """The library's C interface as Python functions.
 
-In: the path from build.py. Out: `Library`, whose calls raise instead of returning -1. Owned by Device.
+In: the path from build.py. Out: `Library`, whose calls raise instead of returning -1. Owned by
+Device.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Putting a PrivateUse1 device under a name into torch.
 
-In: the name and the functions of its module. Out: `torch.<name>`, tensors' `.<name>()` and `is_<name>`.
+In: the name and the functions of its module. Out: `torch.<name>`, tensors' `.<name>()` and
+`is_<name>`.
 """
 
 from __future__ import annotations

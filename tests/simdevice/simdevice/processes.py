@@ -1,7 +1,7 @@
 """Fresh processes with the device present, for tests.
 
-In: a device's name and a script. Out: its output and what it reported. The device comes in the way a vendor's package
-does: folders on PYTHONPATH whose `torch.backends` entry point torch loads.
+In: a device's name and a script. Out: its output and what it reported. The device comes in the way
+a vendor's package does: folders on PYTHONPATH whose `torch.backends` entry point torch loads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def folders(name: str) -> list[str]:
 
 
 def _named_package(name: str) -> Path:
-    """The metadata of a device that has no stand-in of its own: its entry points under this name."""
+    """The metadata of a device without a stand-in: its entry points under this name."""
     folder = build_folder() / f"device-{name}"
     metadata = folder / f"simdevice_{name}-1.0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)

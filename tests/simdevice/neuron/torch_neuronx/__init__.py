@@ -1,13 +1,15 @@
 """A stand-in for the vendor's `torch_neuronx` (native TorchNeuron, SDK 2.33), for tests only.
 
-Names follow the vendor's public documentation (torch.compile backend reference, 2.33) and public code that calls
-the package. Numbers are plain torch. Nothing here shows what a real Trainium computes or compiles.
+Names follow the vendor's public documentation (torch.compile backend reference, 2.33) and public
+code that calls the package. Numbers are plain torch. Nothing here shows what a real Trainium
+computes or compiles.
 """
 
 from __future__ import annotations
 
 from simdevice.module import functions
 from simdevice.private import attach_private, serve
+
 from torch_neuronx.neuron_dynamo_backend import get_dynamo_metrics, reset_dynamo_metrics
 
 

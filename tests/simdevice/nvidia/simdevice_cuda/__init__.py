@@ -1,8 +1,9 @@
-"""`torch.cuda` on the simulated device, for tests only: presence, memory, streams, events and graphs.
+"""`torch.cuda` on the simulated device, for tests only: presence, memory, streams, events and
+graphs.
 
-torch's own CUDA module can't run without a driver, so its functions are replaced here, in the test's process. No cuBLAS,
-no NCCL, no driver and no compiler is behind it. $SIMDEVICE_GPU names the card: H200 (default) or MI300X, which also
-sets torch.version.hip.
+torch's own CUDA module can't run without a driver, so its functions are replaced here, in the
+test's process. No cuBLAS, no NCCL, no driver and no compiler is behind it. $SIMDEVICE_GPU names the
+card: H200 (default) or MI300X, which also sets torch.version.hip.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import simdevice
 import torch
 from simdevice.device import Device
 from simdevice.module import functions
+
 from simdevice_cuda.graphs import CUDAGraph, graph, graph_pool_handle, is_capturing
 
 CARDS = {

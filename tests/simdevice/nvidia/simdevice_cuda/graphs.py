@@ -1,7 +1,8 @@
 """CUDA graphs as code uses them: capture on fixed tensors, replay on the same memory.
 
-What a real capture refuses and is refused here: reading a value, a shape that depends on values, copies from or to the
-host. Unlike the real one, a capture also executes. Pools and streams are taken and mean nothing.
+What a real capture refuses and is refused here: reading a value, a shape that depends on values,
+copies from or to the host. Unlike the real one, a capture also executes. Pools and streams are
+taken and mean nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`torch.ops.hpu`: fused operators, computed in plain fp32 torch.
 
-Names, order and meaning of arguments as vllm-gaudi 091bbadd calls them. fp8 here is e4m3fn bytes; on Gaudi 2 the
-range ends at 240, so larger values saturate when they are made and are refused as NaN when they are read.
+Names, order and meaning of arguments as vllm-gaudi 091bbadd calls them. fp8 here is e4m3fn bytes;
+on Gaudi 2 the range ends at 240: larger values saturate when made and are NaN when read.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import torch
 from simdevice import VendorRefuses
 
 _SCHEMAS = (
-    "mixture_of_experts(Tensor hidden_states, Tensor expert_routing_table, Tensor router_weights, Tensor[] w12, "
-    "Tensor[] w3, bool permuted_weights, str activation, int experts_min, int experts_max) -> Tensor",
+    "mixture_of_experts(Tensor hidden_states, Tensor expert_routing_table, "
+    "Tensor router_weights, Tensor[] w12, Tensor[] w3, bool permuted_weights, str activation, "
+    "int experts_min, int experts_max) -> Tensor",
     "block_softmax(Tensor attn, Tensor bias, Tensor groups) -> (Tensor, Tensor, Tensor)",
-    "block_softmax_adjustment(Tensor block_max, Tensor block_sums, Tensor groups, int batch_size, int[] out_shape) "
-    "-> Tensor",
-    "cast_to_fp8_v2(Tensor input, Tensor? scale=None, bool stochastic_rounding=False, bool is_amax=False, "
-    "ScalarType dtype=None) -> (Tensor, Tensor)",
+    "block_softmax_adjustment(Tensor block_max, Tensor block_sums, Tensor groups, "
+    "int batch_size, int[] out_shape) -> Tensor",
+    "cast_to_fp8_v2(Tensor input, Tensor? scale=None, bool stochastic_rounding=False, "
+    "bool is_amax=False, ScalarType? dtype=None) -> (Tensor, Tensor)",
     "cast_from_fp8(Tensor input, Tensor? scale, ScalarType out_dtype) -> Tensor",
-    "fp8_gemm_v2(Tensor A, bool trans_A, Tensor B, bool trans_B, Tensor? D, ScalarType out_dtype, "
-    "Tensor? A_scale_inv=None, Tensor? B_scale_inv=None, Tensor? bias=None, bool accumulate=False) -> Tensor",
-    "convert_from_uint4(Tensor input, Tensor scale, Tensor? zero_point, ScalarType out_dtype) -> Tensor",
+    "fp8_gemm_v2(Tensor A, bool trans_A, Tensor B, bool trans_B, Tensor? D, "
+    "ScalarType out_dtype, Tensor? A_scale_inv=None, Tensor? B_scale_inv=None, "
+    "Tensor? bias=None, bool accumulate=False) -> Tensor",
+    "convert_from_uint4(Tensor input, Tensor scale, Tensor? zero_point, ScalarType out_dtype) "
+    "-> Tensor",
 )
 _library = torch.library.Library("hpu", "DEF")
 FP8 = torch.float8_e4m3fn
@@ -33,7 +36,6 @@ def register() -> None:
     """Defines the operators; once."""
     for schema in _SCHEMAS:
         name = schema.split("(", 1)[0]
-        schema = schema.replace("ScalarType dtype=None", "ScalarType? dtype=None")
         _library.define(schema)
         _library.impl(name, globals()[name], "CompositeImplicitAutograd")
 
@@ -110,12 +112,13 @@ def mixture_of_experts(
 ) -> torch.Tensor:
     """Sum over a token's experts of weight * down(act(gate) * up); hidden_states [tokens, hidden].
 
-    w12[e] [2 * inner, hidden] (gate then up) and w3[e] [hidden, inner] with permuted_weights, else transposed.
-    Routing ids outside [experts_min, experts_max] belong to other ranks and are left out.
+    w12[e] [2 * inner, hidden] (gate then up) and w3[e] [hidden, inner] with permuted_weights,
+    else transposed. Ids outside [experts_min, experts_max] belong to other ranks and are left out.
     """
     if len(w12) != experts_max - experts_min + 1 or len(w3) != len(w12):
         raise VendorRefuses(
-            f"mixture_of_experts: {len(w12)} and {len(w3)} weights for [{experts_min}, {experts_max}]"
+            f"mixture_of_experts: {len(w12)} and {len(w3)} weights for experts "
+            f"{experts_min} to {experts_max}"
         )
     if hidden_states.dim() != 2 or hidden_states.dtype != router_weights.dtype:
         raise VendorRefuses("mixture_of_experts takes [tokens, hidden] and weights of its dtype")
@@ -137,12 +140,11 @@ def mixture_of_experts(
 def block_softmax(
     attn: torch.Tensor, bias: torch.Tensor, groups: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(exp(attn + bias - max), max, sum) over the last axis of each block; attn has 5 dimensions."""
+    """(exp(attn + bias - max), max, sum) of each block's last axis; attn has 5 dimensions."""
     if attn.dim() != 5:
         raise VendorRefuses(f"block_softmax takes 5 dimensions, not {attn.dim()}")
-    scores = attn.float() + bias.float().view(
-        *bias.shape[:1], *([1] * (5 - bias.dim())), *bias.shape[1:]
-    )
+    wide = bias.float().view(*bias.shape[:1], *([1] * (5 - bias.dim())), *bias.shape[1:])
+    scores = attn.float() + wide
     highest = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
@@ -158,7 +160,7 @@ def block_softmax_adjustment(
 ) -> torch.Tensor:
     """exp(max - max of the group) / sum of the group, by block; group -1 is padding and gives 0.
 
-    block_max, block_sums [blocks, heads..., 1, 1]; groups [blocks] int; the result has shape `out_shape`.
+    block_max, block_sums [blocks, heads..., 1, 1]; groups [blocks] int; gives `out_shape`.
     """
     blocks = groups.shape[0]
     highest, total = block_max.float().view(blocks, -1), block_sums.float().view(blocks, -1)
@@ -170,9 +172,8 @@ def block_softmax_adjustment(
     group_total = torch.where(member[:, :, None], (scale * total)[:, None], 0.0).sum(0)
     own_total = torch.where(member[:, :, None], group_total[None], 0.0).sum(1)
     adjusted = torch.where(live, scale / torch.maximum(own_total, scale * total), 0.0)
-    return adjusted.view(*out_shape, *([1] * (block_max.dim() - len(out_shape)))).to(
-        block_max.dtype
-    )
+    shape = (*out_shape, *([1] * (block_max.dim() - len(out_shape))))
+    return adjusted.view(shape).to(block_max.dtype)
 
 
 def convert_from_uint4(

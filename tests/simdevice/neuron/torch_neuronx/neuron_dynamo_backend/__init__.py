@@ -1,9 +1,10 @@
 """The dynamo backend `neuron`: static shapes, and a cache of compiled graphs on disk.
 
-What the documentation says and is kept here: dynamic=True is rejected; a new shape is a new program; host tensors in
-a program are copied to the device unless TORCH_NEURONX_DYNAMO_DISABLE_CPU_AUTOCOPY=1, then they raise. With
-TORCH_NEURONX_NEFF_CACHE_DIR each program leaves a file named by its graph, shapes and compiler settings; a program
-whose file is there counts as cached. With TORCH_NEURONX_COMPILE_ONLY=1 results are poison.
+What the documentation says and is kept here: dynamic=True is rejected; a new shape is a new
+program; host tensors in a program are copied to the device unless
+TORCH_NEURONX_DYNAMO_DISABLE_CPU_AUTOCOPY=1, then they raise. With TORCH_NEURONX_NEFF_CACHE_DIR each
+program leaves a file named by its graph, shapes and compiler settings; a program whose file is
+there counts as cached. With TORCH_NEURONX_COMPILE_ONLY=1 results are poison.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import simdevice
 import torch
+
 from habana_frameworks.torch.hpu import metrics, random
 from habana_frameworks.torch.hpu.graphs import HPUGraph, graph, wrap_in_hpu_graph
 

@@ -1,7 +1,8 @@
 """HPU graphs: capture, replay, and the wrapper that keeps one graph for each input signature.
 
-As documented, graphs exist in lazy mode only, and a capture holds no host operation, no value or shape read from the
-device and no write through a view. Tensors are keyed by their metadata, Python scalars by value.
+As documented, graphs exist in lazy mode only, and a capture holds no host operation, no value or
+shape read from the device and no write through a view. Tensors are keyed by their metadata, Python
+scalars by value.
 """
 
 from __future__ import annotations
@@ -118,8 +119,9 @@ def wrap_in_hpu_graph(
 ) -> torch.nn.Module:
     """The module, whose forward captures once for each input signature and replays after that.
 
-    `bypass_hpu_graphs=True` in a call runs it without a graph. Results live in the graph's memory: the next replay
-    of the same signature overwrites them. With `max_graphs` reached, further signatures run without a graph.
+    `bypass_hpu_graphs=True` in a call runs it without a graph. Results live in the graph's memory:
+    the next replay of the same signature overwrites them. With `max_graphs` reached, further
+    signatures run without a graph.
     """
     _require_lazy()
     if dry_run:

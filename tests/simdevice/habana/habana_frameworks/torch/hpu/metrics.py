@@ -6,7 +6,7 @@ import simdevice
 
 
 class metric_localcontext:  # noqa: N801
-    """`with metric_localcontext("graph_compilation") as gc: ...; gc.stats()[0][1]` graphs compiled."""
+    """`with metric_localcontext("graph_compilation") as gc: ...`; gc.stats()[0][1] compilations."""
 
     def __init__(self, metric_name: str) -> None:
         if metric_name != "graph_compilation":

@@ -9,8 +9,8 @@ import torch
 class synDeviceType(enum.IntEnum):  # noqa: N801
     """As the vendor's enum; values by name only."""
 
-    synDeviceGaudi2 = 4
-    synDeviceGaudi3 = 5
+    synDeviceGaudi2 = 4  # noqa: N815  # the vendor's spelling
+    synDeviceGaudi3 = 5  # noqa: N815
 
 
 def _get_device_type() -> synDeviceType:

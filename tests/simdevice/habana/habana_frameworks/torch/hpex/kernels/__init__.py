@@ -1,4 +1,4 @@
-"""Fused kernels, computed in plain fp32 torch. Shapes and order of arguments as vllm-gaudi calls them."""
+"""Fused kernels in plain fp32 torch; shapes and order of arguments as vllm-gaudi calls them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class FusedSDPA(torch.autograd.Function):
     ) -> torch.Tensor:
         """[batch, heads, q_len, head_dim] of `query`'s dtype; keys and values have heads / n heads.
 
-        attn_mask is bool (True = keep) or added in the scores' dtype, broadcast to [batch, heads, q_len, k_len].
-        valid_sequence_lengths int32 [batch] goes with is_causal. window_size (left, right), -1 = open.
-        Rows with nothing to attend to are NaN, except those outside valid_sequence_lengths (0).
+        attn_mask is bool (True = keep) or added in the scores' dtype, broadcast to [batch, heads,
+        q_len, k_len]. valid_sequence_lengths int32 [batch] goes with is_causal. window_size (left,
+        right), -1 = open. Rows with nothing to attend to are NaN, except those outside
+        valid_sequence_lengths (0).
         """
         _check_sdpa(query, key, value, attn_mask, dropout_p, is_causal, softmax_mode, padding_side)
         q_len, k_len = query.shape[2], key.shape[2]
@@ -142,8 +143,9 @@ def apply_rotary_pos_emb(
 ) -> torch.Tensor:
     """`p` rotated: p * cos + rotate(p) * sin, in `p`'s dtype.
 
-    cos, sin broadcast to `p` ([..., head_dim], one dtype), or with position_ids [batch, tokens] are tables [positions,
-    head_dim] for `p` [batch, heads, tokens, head_dim]. BLOCKWISE pairs i with i + head_dim / 2, PAIRWISE 2i with 2i + 1.
+    cos, sin broadcast to `p` ([..., head_dim], one dtype), or with position_ids [batch, tokens] are
+    tables [positions, head_dim] for `p` [batch, heads, tokens, head_dim]. BLOCKWISE pairs i with i
+    + head_dim / 2, PAIRWISE 2i with 2i + 1.
     """
     _refuse_if(
         not p.dtype == cos.dtype == sin.dtype,

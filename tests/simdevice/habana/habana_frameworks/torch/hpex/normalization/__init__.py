@@ -19,7 +19,7 @@ class FusedRMSNorm(torch.autograd.Function):
         bwd_mode: int = 0,
         fast_math: bool = False,
     ) -> torch.Tensor:
-        """The shape and dtype of `x`. `x` has 3 dimensions or more (vllm-gaudi's note), `weight` its dtype."""
+        """Gives `x`'s shape and dtype. `x` has 3 dimensions or more: vllm-gaudi's note."""
         if x.dtype != weight.dtype:
             raise VendorRefuses(f"FusedRMSNorm takes one dtype, not {x.dtype} and {weight.dtype}")
         if x.dim() < 3:
