@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenry.backend.base import KV, Backend, ModelSpec, StepBatch, WeightIter
+from tokenry.backend.base import Backend, ModelSpec, StepBatch, WeightIter
 from tokenry.backend.contract import Bucket, HostBatch, KVSpec
 from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, Refusal, RequestError
@@ -31,10 +31,11 @@ from tokenry.runner.bucket_grid import make_buckets, maxima
 from tokenry.runner.buckets import BucketSettings, BucketTable, exact, need_of
 from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory
 from tokenry.runner.pack import blank_batch, pack, table_width, to_device
+from tokenry.runner.probe import run_deep_steps
 from tokenry.runner.programs import Programs
 from tokenry.runner.requests import RequestState
 from tokenry.runner.results import Outcome, PartialStep
-from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler
+from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler, score
 from tokenry.runner.shapes import Extent, Launch, Share, split
 from tokenry.runner.step_log import StepLog
 
@@ -46,6 +47,8 @@ WAYS_TO_DRAW = (
     SamplingParams(top_k=40, top_p=0.95, min_p=0.01),
 )
 """What a batch of draws can ask of the `sample` op; the last needs the most memory."""
+MOST_LOGPROBS = 20
+"""Alternatives that a scored step is tried with."""
 
 
 class ModelShape(ModelSpec, Protocol):
@@ -132,11 +135,6 @@ class ModelRunner:
     # ---- the start ---------------------------------------------------------------------------
 
     @property
-    def memory_plan(self) -> MemoryPlan:
-        """What was decided about memory."""
-        return self.plan
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """Lines for the start-up log."""
         late = self._programs.note
@@ -184,7 +182,8 @@ class ModelRunner:
 
     def _probe(self, config: RunnerConfig, model_len: int) -> None:
         """The worst steps that can come, on a KV of one block: all tokens, all sequences, the
-        sampler; on static devices the largest program of every kind.
+        sampler, the end of the longest context, all logits; on static devices the largest program
+        of every kind.
         """
         most_blocks = self._backend.memory().free // self._kv_spec.block_bytes
         extent = self._extent_of(config, config.memory.max_model_len or model_len, most_blocks)
@@ -197,6 +196,15 @@ class ModelRunner:
             for bucket in buckets:
                 batch = self._blank(bucket, extent)
                 self._execute(self._step(batch, kv), batch)
+            if not self._caps.shapes.static:
+                context = config.memory.max_model_len or model_len
+                context = max(1, min(context, most_blocks * self.block_size))
+
+                def execute(host: HostBatch) -> None:
+                    batch = to_device(host, self._backend)[0]
+                    self._execute(self._step(batch, kv), batch)
+
+                run_deep_steps(execute, self._caps, extent, context)
 
     @torch.inference_mode()
     def _warm_up(self, progress: Progress) -> None:
@@ -227,6 +235,8 @@ class ModelRunner:
         host: what a real step does.
         """
         if batch.bucket.logits == "all":
+            scores = score(logits, batch.token_ids, MOST_LOGPROBS)
+            self._backend.fetch(scores.tensors)()
             logits = logits[:1]  # the one row that a scored launch draws from
         history = np.zeros(1, np.int32)
         for params in WAYS_TO_DRAW:
@@ -386,8 +396,3 @@ class ModelRunner:
             return outcome.result
 
         return result
-
-
-def kv_of(runner: ModelRunner) -> KV:
-    """The runner's KV, for tests that look at blocks."""
-    return runner._kv
