@@ -1,234 +1,237 @@
-"""The offline API: a scripted engine for rare events; the demo model for the rest."""
+"""The offline API on the demo model, with its real engine; failures are planted in the runner."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections import deque
-from types import ModuleType, SimpleNamespace
+import dataclasses
 
 import pytest
+import torch
 
 from tokenry.errors import ConfigError, EngineDead, ModelLoadError, RequestError, StepFailed
 from tokenry.llm import LLM
-from tokenry.messages import Ready, Stats, TokensEvent
 from tokenry.params import SamplingParams
 
+SIZES = {"backend": "cpu", "max_model_len": 256, "block_size": 16, "progress": False}
+PROMPTS = ["Once upon a time", "The king was old", "A little girl"]
 
-class EchoEngine:
-    """Answers each request with its prompt's last tokens, one per step, newest request first."""
 
-    def __init__(self) -> None:
-        self.running: dict[str, deque[int]] = {}
-        self.aborted: list[str] = []
-        self.raise_at: dict[int, BaseException | str] = {}
-        self.steps = 0
-        self.closed = False
+def greedy(**values):
+    return SamplingParams(temperature=0, **{"max_tokens": 8, **values})
 
-    def add(self, request) -> None:
-        self.running[request.request_id] = deque(request.token_ids[-request.params.max_tokens :])
 
-    def abort(self, ids) -> None:
-        self.aborted += ids
-        for request_id in ids:
-            self.running.pop(request_id, None)
+def forcing(args):
+    """A logits processor after which only one token can be drawn."""
 
-    def has_work(self) -> bool:
-        return bool(self.running)
+    def force(history, logits):
+        out = torch.full_like(logits, -torch.inf)
+        out[args["token"]] = 0
+        return out
 
-    def step(self):
-        self.steps += 1
-        planned = self.raise_at.get(self.steps)
-        if isinstance(planned, BaseException):
-            raise planned
-        request_id, tokens = self.running.popitem()
-        if planned is not None:
-            return [TokensEvent(request_id=request_id, finish_reason="error", error=planned)]
-        token = tokens.popleft()
-        if tokens:
-            self.running[request_id] = tokens
-        reason = None if tokens else "length"
-        return [
-            Stats(steps=self.steps),
-            TokensEvent(request_id=request_id, token_ids=(token,), finish_reason=reason),
-        ]
+    return force
 
-    def stats(self) -> Stats:
-        return Stats(steps=self.steps)
 
-    def reset_prefix_cache(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.closed = True
+@pytest.fixture(scope="module")
+def demo_llm():
+    processors = {"force": forcing}
+    with LLM("demo", num_kv_blocks=64, logits_processors=processors, **SIZES) as llm:
+        yield llm
 
 
 @pytest.fixture
-def echo(monkeypatch):
-    """An LLM over the demo's tokenizer whose engine is scripted, and that engine."""
-    engine = EchoEngine()
-    ready = Ready(
-        max_model_len=64,
-        num_blocks=8,
-        block_size=16,
-        vocab_size=4096,
-        backend="echo",
-        device_name="echo",
-        architecture="Echo",
-        dtype="float32",
-        ledger={},
-    )
-    module = ModuleType("tokenry.assemble")
-    module.assemble = lambda config, progress: SimpleNamespace(engine=engine, ready=ready)
-    monkeypatch.setitem(sys.modules, "tokenry.assemble", module)
-    return LLM("demo"), engine
+def llm(demo_llm):
+    """The demo; a test must leave nothing running and every book in order."""
+    yield demo_llm
+    stats = demo_llm.get_metrics()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    demo_llm._engine.check_integrity()
 
 
-def test_outputs_stand_in_the_order_of_the_prompts(echo):
-    llm, _ = echo
-    prompts = ["a tale", "the king was old", "x"]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
-    assert [o.prompt for o in outputs] == prompts
-    assert [o.outputs[0].text for o in outputs] == [" tale", " old", "x"]
+class Planting:
+    """A runner before the real one, that fails as it is told to."""
+
+    def __init__(self, runner, *, at, launch=None, wait=None, row=None):
+        self._runner, self._left = runner, at
+        self._launch, self._wait, self._row = launch, wait, row
+
+    def run(self, plan):
+        self._left -= 1
+        due = self._left == 0
+        if due and self._launch is not None:
+            raise self._launch
+        waiter = self._runner.run(plan)
+
+        def wait():
+            nonlocal due
+            if due and self._wait is not None:
+                due = False  # a signal interrupts once
+                raise self._wait
+            result = waiter()
+            if due and self._row is not None:
+                first = dataclasses.replace(result.rows[0], token_ids=(), error=self._row)
+                result = dataclasses.replace(result, rows=(first, *result.rows[1:]))
+            return result
+
+        return wait
+
+
+@pytest.fixture
+def plant(llm, monkeypatch):
+    def planted(**how):
+        engine = llm._engine
+        monkeypatch.setattr(engine, "_runner", Planting(engine._runner, **how))
+
+    return planted
+
+
+def texts(outputs):
+    return [completion.text for output in outputs for completion in output.outputs]
+
+
+def test_outputs_stand_in_the_order_of_the_prompts(llm):
+    lengths = (9, 3, 6)  # the first ends last
+    params = [greedy(max_tokens=n) for n in lengths]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert [o.prompt for o in outputs] == PROMPTS
     assert all(o.finished for o in outputs)
+    assert [len(o.outputs[0].token_ids) for o in outputs] == list(lengths)
+    alone = [llm.generate(p, q, use_tqdm=False)[0] for p, q in zip(PROMPTS, params, strict=True)]
+    assert texts(outputs) == texts(alone)
 
 
-def test_every_form_of_a_prompt(echo):
-    llm, _ = echo
-    ids = llm.get_tokenizer().encode("a tale")
-    forms = ["a tale", ["a tale"], ids, [ids], {"prompt": "a tale"}, {"prompt_token_ids": ids}]
-    for form in forms:
-        (output,) = llm.generate(form, use_tqdm=False)
-        assert (list(output.prompt_token_ids), output.outputs[0].text) == (ids, "a tale")
+def test_every_form_of_a_prompt(llm):
+    text = PROMPTS[0]
+    ids = llm.get_tokenizer().encode(text)
+    forms = [text, [text], ids, [ids], {"prompt": text}, {"prompt_token_ids": ids}]
+    outputs = [llm.generate(form, greedy(), use_tqdm=False) for form in forms]
+    assert [len(o) for o in outputs] == [1] * len(forms)
+    assert {o[0].prompt_token_ids for o in outputs} == {tuple(ids)}
+    assert len({o[0].outputs[0].text for o in outputs}) == 1
+    with pytest.raises(RequestError, match="known: prompt, prompt_token_ids"):
+        llm.generate({"text": text})
 
 
-def test_params_for_each_prompt(echo):
-    llm, _ = echo
-    params = [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2, n=2)]
-    outputs = llm.generate(["a tale", "a tale"], params, use_tqdm=False)
+def test_params_for_each_prompt(llm):
+    params = [greedy(max_tokens=1), SamplingParams(max_tokens=2, n=2, seed=1)]
+    outputs = llm.generate(["Once upon", "Once upon"], params, use_tqdm=False)
     assert [[len(c.token_ids) for c in o.outputs] for o in outputs] == [[1], [2, 2]]
     with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
         llm.generate("a", params)
 
 
-def test_chat_renders_the_template(echo):
-    llm, _ = echo
+def test_chat_renders_the_template(llm):
     message = {"role": "user", "content": "Tell"}
-    (output,) = llm.chat([message], use_tqdm=False)
+    (output,) = llm.chat([message], greedy(), use_tqdm=False)
     assert output.prompt == "<|endoftext|><|user|>Tell<|end|><|assistant|>"
-    assert len(llm.chat([[message], [message]], use_tqdm=False)) == 2
+    assert len(llm.chat([[message], [message]], greedy(max_tokens=1), use_tqdm=False)) == 2
 
 
-def test_stop_string_aborts_its_request(echo):
-    llm, engine = echo
-    (output,) = llm.generate("once upon a time", SamplingParams(stop="upon"), use_tqdm=False)
-    assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("once ", "upon")
-    assert engine.aborted == ["0#0"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")], ids=repr)
-def test_interrupted_call_leaves_nothing_running(echo, error):
-    llm, engine = echo
-    engine.raise_at[2] = error
-    with pytest.raises(type(error)):
-        llm.generate(["a tale", "of a king"], SamplingParams(n=2), use_tqdm=False)
-    assert engine.running == {}
-    assert len(engine.aborted) == 4
-    (output,) = llm.generate("a tale", use_tqdm=False)
-    assert output.outputs[0].text == "a tale"
-
-
-def test_bad_prompt_starts_no_other(echo):
-    llm, engine = echo
-    with pytest.raises(RequestError) as caught:
-        llm.generate(["fine", [99999]], use_tqdm=False)
-    assert caught.value.param == "prompts[1]"
-    assert engine.running == {}
-
-
-def test_failed_step_is_raised_with_its_text(echo):
-    llm, engine = echo
-    engine.raise_at[1] = "NaN in the logits"
-    with pytest.raises(StepFailed, match="NaN"):
-        llm.generate(["a", "b"], use_tqdm=False)
-    assert engine.running == {}
-
-
-def test_closed_llm_says_so(echo):
-    llm, engine = echo
-    with llm:
-        assert llm.get_metrics().steps == 0
-        assert llm.reset_prefix_cache()
-    assert engine.closed
-    llm.close()
-    with pytest.raises(EngineDead, match="closed"):
-        llm.generate("a", use_tqdm=False)
-
-
-def test_names_of_vllm_are_understood(echo):
-    llm = LLM("demo", gpu_memory_utilization=0.5)
-    assert llm.config.memory_fraction == 0.5
-    with pytest.raises(ConfigError, match="the same option"):
-        LLM("demo", gpu_memory_utilization=0.5, memory_fraction=0.5)
-
-
-def test_unknown_option_proposes_the_nearest(echo):
-    with pytest.raises(ConfigError, match="did you mean 'max_model_len'"):
-        LLM("demo", max_model_lenn=5)
-
-
-def test_unknown_model_is_an_error(echo):
-    with pytest.raises(ModelLoadError):
-        LLM("./nowhere")
-
-
-def test_progress_bar_shows_tokens_per_second(echo, capsys):
-    llm, _ = echo
-    llm.generate(["a tale", "b"], use_tqdm=True)
-    assert "tok/s" in capsys.readouterr().err
-
-
-# ---- the demo model, end to end ------------------------------------------------------------------
-
-needs_engine = pytest.mark.skipif(
-    importlib.util.find_spec("tokenry.assemble") is None, reason="tokenry.assemble is not built yet"
-)
-
-
-@pytest.fixture(scope="module")
-def demo_llm():
-    with LLM("demo", backend="cpu", max_model_len=256, num_kv_blocks=64, block_size=16) as llm:
-        yield llm
-
-
-@needs_engine
-def test_demo_tells_a_story(demo_llm):
+def test_demo_tells_a_story(llm):
     message = {"role": "user", "content": "Tell me a story about a fox."}
-    params = SamplingParams(temperature=0, max_tokens=24)
-    (output,) = demo_llm.chat([message], params, use_tqdm=False)
+    (output,) = llm.chat([message], greedy(max_tokens=24), use_tqdm=False)
     completion = output.outputs[0]
     assert len(completion.text.split()) > 5
-    assert completion.text == demo_llm.get_tokenizer().decode(completion.token_ids)
+    assert completion.text == llm.get_tokenizer().decode(completion.token_ids)
     assert completion.finish_reason in ("length", "stop")
 
 
-@needs_engine
-def test_seeded_completions_do_not_depend_on_the_batch(demo_llm):
+def test_seeded_completions_do_not_depend_on_the_batch(llm):
     params = SamplingParams(seed=11, n=2, max_tokens=12)
-    alone = demo_llm.generate("Once upon a time", params, use_tqdm=False)[0]
-    others = ["There was a king", "The little girl", "A"]
-    among = demo_llm.generate([*others, "Once upon a time"], params, use_tqdm=False)[-1]
+    alone = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
+    among = llm.generate([*PROMPTS[1:], PROMPTS[0]], params, use_tqdm=False)[-1]
     assert [c.token_ids for c in among.outputs] == [c.token_ids for c in alone.outputs]
     assert alone.outputs[0].token_ids != alone.outputs[1].token_ids
 
 
-@needs_engine
-def test_demo_stops_at_a_string_and_reports_logprobs(demo_llm):
-    params = SamplingParams(temperature=0, max_tokens=40, stop=[" the"], logprobs=2)
-    (output,) = demo_llm.generate("Once upon a time", params, use_tqdm=False)
+def test_stop_string_ends_its_request_early_and_logprobs_are_told(llm):
+    aborted = llm.get_metrics().num_requests_aborted
+    params = greedy(max_tokens=40, stop=[" the"], logprobs=2)
+    (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
     completion = output.outputs[0]
     assert " the" not in completion.text
     assert completion.stop_reason == " the"
     assert len(completion.logprobs) == len(completion.token_ids)
     assert completion.cumulative_logprob < 0
-    assert demo_llm.get_metrics().num_running == 0
+    assert llm.get_metrics().num_requests_aborted == aborted + 1
+
+
+def test_own_logits_processor_is_used(llm):
+    params = greedy(logits_processor="force", extra_args={"token": 300}, max_tokens=3)
+    (output,) = llm.generate("Once", params, use_tqdm=False)
+    assert output.outputs[0].token_ids == (300,) * 3
+    with pytest.raises(RequestError, match="installed: force"):
+        llm.generate("Once", greedy(logits_processor="other"), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("how", "raised", "text"),
+    [
+        ({"wait": KeyboardInterrupt("^C")}, KeyboardInterrupt, "C"),
+        ({"launch": RuntimeError("boom")}, StepFailed, "boom"),
+        ({"wait": RuntimeError("late boom")}, StepFailed, "late boom"),
+        ({"row": "NaN in the logits"}, StepFailed, "NaN"),
+    ],
+    ids=["interrupt", "launch", "wait", "row"],
+)
+@pytest.mark.parametrize("at", [1, 3])
+def test_call_that_fails_leaves_nothing_running(llm, plant, how, raised, text, at):
+    want = texts(llm.generate(PROMPTS, greedy(), use_tqdm=False))
+    plant(at=at, **how)
+    with pytest.raises(raised, match=text):
+        llm.generate(PROMPTS, greedy(n=2), use_tqdm=False)
+    assert llm.get_metrics().num_running == 0
+    assert texts(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == want
+    while llm._engine.has_work():  # a step in flight whose requests have ended
+        llm._engine.step()
+    assert not llm._engine._scheduler._in_flight
+
+
+def test_bad_prompt_starts_no_other(llm):
+    before = llm.get_metrics()
+    with pytest.raises(RequestError) as caught:
+        llm.generate(["fine", [99999]], use_tqdm=False)
+    assert caught.value.param == "prompts[1]"
+    assert llm.get_metrics() == before
+
+
+def test_priority_is_refused_where_it_would_mean_nothing(llm):
+    with pytest.raises(RequestError, match="order of their arrival") as caught:
+        llm.generate(["a", "b"], greedy(), use_tqdm=False, priority=[0, 1])
+    assert caught.value.param == "priority"
+
+
+def test_reset_forgets_cached_beginnings_and_changes_no_text(llm):
+    prompt = "There was once a king who had three sons, and the youngest was called a fool. " * 2
+    first, again = (llm.generate(prompt, greedy(), use_tqdm=False)[0] for _ in range(2))
+    assert again.num_cached_tokens >= 16
+    assert llm.reset_prefix_cache() is True
+    (after,) = llm.generate(prompt, greedy(), use_tqdm=False)
+    assert after.num_cached_tokens == 0
+    assert first.outputs[0].text == again.outputs[0].text == after.outputs[0].text
+
+
+def test_progress_bar_shows_tokens_per_second(llm, capsys):
+    llm.generate(PROMPTS, greedy(), use_tqdm=True)
+    assert "tok/s" in capsys.readouterr().err
+
+
+def test_names_of_vllm_are_understood_and_a_closed_llm_says_so():
+    with LLM("demo", gpu_memory_utilization=0.5, num_gpu_blocks_override=40, **SIZES) as llm:
+        assert llm.config.memory_fraction == 0.5
+        assert llm.get_metrics().num_blocks == 40
+    llm.close()
+    with pytest.raises(EngineDead, match="closed"):
+        llm.generate("a", use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"gpu_memory_utilization": 0.5, "memory_fraction": 0.5}, ConfigError, "the same option"),
+        ({"max_model_lenn": 5}, ConfigError, "did you mean 'max_model_len'"),
+        ({"model": "./nowhere"}, ModelLoadError, "nowhere"),
+    ],
+    ids=["twice", "mistyped", "absent"],
+)
+def test_llm_that_cannot_be_made_is_one_error(options, error, text):
+    with pytest.raises(error, match=text):
+        LLM(**{"model": "demo", **options})

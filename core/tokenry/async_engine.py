@@ -240,8 +240,13 @@ class AsyncEngine:
         return self.latest_stats
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget every cached prompt beginning; False if running requests hold some."""
-        return bool((await self._query("reset_prefix_cache")).data.get("done"))
+        """Forget every cached prompt beginning. True, as vLLM says it: running requests keep their
+        blocks and never hinder it.
+        """
+        reply = await self._query("reset_prefix_cache")
+        if reply.error is not None:
+            raise TokenryError(reply.error)
+        return True
 
     async def check_integrity(self) -> None:
         """The engine checks its books; raises TokenryError with both sides if they do not agree."""

@@ -94,8 +94,8 @@ class Engine(Protocol):
         """Counters and gauges."""
         ...
 
-    def reset_prefix_cache(self) -> bool | None:
-        """Forget cached beginnings; False if held."""
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached beginnings; whether it was done."""
         ...
 
     def check_integrity(self) -> None:
@@ -202,7 +202,7 @@ class EngineProcess:
             if query.what == "stats":
                 return [self._engine.stats(), Reply(query_id=query.query_id)]
             if query.what == "reset_prefix_cache":
-                data = {"done": self._engine.reset_prefix_cache() is not False}
+                data = {"done": self._engine.reset_prefix_cache()}
             else:
                 self._engine.check_integrity()
                 data = {"ok": True}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
 Conversation = Sequence[Mapping[str, Any]]
+MakeProcessor = Callable[[Mapping[str, Any]], Callable[..., Any]]
+"""extra_args -> (known token ids [n] int32, logits [vocab]) -> logits [vocab]."""
 
 _ALIASES = {
     "gpu_memory_utilization": "memory_fraction",
@@ -44,6 +46,8 @@ class LLM:
 
     model           directory, hub id, or a name that an installed package provides ("demo").
     chat_template   file with a Jinja chat template, instead of the tokenizer's.
+    logits_processors   by name, what SamplingParams(logits_processor=name) uses, besides those of
+                    installed packages.
     progress        tell on stderr how far the start is and what the engine became.
     config          the fields of EngineConfig (or vLLM's names for them); a wrong one is a
                     ConfigError.
@@ -54,6 +58,7 @@ class LLM:
         model: str,
         *,
         chat_template: str | Path | None = None,
+        logits_processors: Mapping[str, MakeProcessor] | None = None,
         progress: bool = True,
         **config: Any,
     ) -> None:
@@ -67,7 +72,9 @@ class LLM:
             source, model_path=directory, chat_template_file=chat_template
         )
         resolved = dataclasses.replace(self.config, model=str(directory))
-        self._assembled: Assembled | None = assemble(resolved, log)
+        self._assembled: Assembled | None = assemble(
+            resolved, log, logits_processors=logits_processors
+        )
         self.ready: Ready = self._assembled.ready
         log.say(*describe(self.ready))
         self._processor = OutputProcessor(
@@ -138,7 +145,9 @@ class LLM:
         return stats
 
     def reset_prefix_cache(self) -> bool:
-        """Forget every cached prompt beginning; False if running requests hold some."""
+        """Forget every cached prompt beginning. True, as vLLM says it: running requests keep their
+        blocks and never hinder it.
+        """
         done: bool = self._engine.reset_prefix_cache()
         return done
 

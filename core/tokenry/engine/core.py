@@ -96,9 +96,10 @@ class EngineCore:
         """Share of the held KV slots that hold no token."""
         return self._scheduler.kv_waste()
 
-    def reset_prefix_cache(self) -> None:
-        """Forget the KV of earlier requests."""
+    def reset_prefix_cache(self) -> bool:
+        """Forget the KV of earlier requests; True: it always can, running ones keep theirs."""
         self._scheduler.reset_prefix_cache()
+        return True
 
     def check_integrity(self) -> None:
         """Raises if blocks and requests do not agree."""
@@ -122,7 +123,9 @@ class EngineCore:
         return future
 
     def _finish_oldest(self) -> None:
-        plan, future = self._in_flight.popleft()
+        plan, future = self._in_flight[
+            0
+        ]  # taken out once it has ended: an interrupt may come first
         try:
             result = future.result()()
         except (
@@ -134,6 +137,8 @@ class EngineCore:
                 if isinstance(error, TokenryError)
                 else f"{type(error).__name__}: {error}"
             )
+            self._in_flight.popleft()
             self._scheduler.fail(plan, f"The step failed: {cause}")
         else:
+            self._in_flight.popleft()
             self._scheduler.update(plan, result)
