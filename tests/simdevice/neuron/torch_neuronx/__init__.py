@@ -7,6 +7,7 @@ computes or compiles.
 
 from __future__ import annotations
 
+from simdevice.collectives import register_backend
 from simdevice.module import functions
 from simdevice.private import attach_private, serve
 
@@ -14,13 +15,14 @@ from torch_neuronx.neuron_dynamo_backend import get_dynamo_metrics, reset_dynamo
 
 
 def load() -> None:
-    """The `torch.backends` entry point: the device `neuron` and its module `torch.neuron`."""
+    """The `torch.backends` entry point: the device, `torch.neuron`, collectives."""
     device = attach_private("neuron")
     metrics = {
         "get_dynamo_metrics": get_dynamo_metrics,
         "reset_dynamo_metrics": reset_dynamo_metrics,
     }
     serve("neuron", {**functions(device, title="trn2 (simulated)"), **metrics})
+    register_backend("neuron", "neuron")
 
 
 load()

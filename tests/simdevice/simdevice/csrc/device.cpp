@@ -261,6 +261,18 @@ void note_sync(std::atomic<int64_t>& counter, const std::string& what) {
   counter++;
 }
 
+// collectives on device memory go to the CPU backend of the group, as every other operator
+void register_collectives() {
+  struct Quiet final : c10::WarningHandler {  // PrivateUse1 and CUDA have kernels already: they are replaced
+    void process(const c10::Warning&) override {}
+  } quiet;
+  c10::WarningUtils::WarningHandlerGuard guard(&quiet);
+  static torch::Library c10d(torch::Library::IMPL, "c10d", device.key, __FILE__, __LINE__);
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames())
+    if (name.name.rfind("c10d::", 0) == 0)
+      c10d.impl(name.name.substr(6).c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
 void start(c10::DeviceType type, const std::string& name) {
   device.type = type;
   device.name = name;
@@ -284,6 +296,7 @@ void start(c10::DeviceType type, const std::string& name) {
   if (type == c10::DeviceType::CUDA) aten.impl("copy_", &copy_in_place);
   aten.impl("_local_scalar_dense", &local_scalar);
   aten.impl("_fused_sdp_choice", &sdp_choice);
+  register_collectives();
 }
 
 }  // namespace simdevice

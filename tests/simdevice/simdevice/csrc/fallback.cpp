@@ -5,6 +5,8 @@
 // operators whose result shape depends on values (the host must wait for it).
 #include "kernels.h"
 
+#include <torch/csrc/distributed/c10d/Work.hpp>
+
 #include <sstream>
 #include <unordered_set>
 
@@ -175,6 +177,8 @@ void run_on_host(
   map.instead = instead;
   for (auto& value : stack) value = map.to_host(value);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
+  for (const auto& value : stack)  // a collective: done when it returns, on the CPU backend of its group
+    if (op.schema().name().rfind("c10d::", 0) == 0 && value.isObject()) value.toCustomClass<c10d::Work>()->wait();
   if (aliases != nullptr) {
     *aliases = std::move(map.pairs);
     return;
