@@ -50,7 +50,7 @@ for name, (model, options, limits) in job["starts"].items():
     with llm:
         runner = llm._assembled.runner
         made, compiled = runner.compile_count(), runner._backend.programs.compiled
-        graphs = device.counts().programs
+        graphs, new = device.counts().programs, device.counts().compilations
         device.reset_counts()
         device.strict()
         tokens = [
@@ -58,7 +58,7 @@ for name, (model, options, limits) in job["starts"].items():
             for way in ways
         ]
         found[name] = dict(
-            tokens=tokens, made=made, compiled=compiled, graphs=graphs,
+            tokens=tokens, made=made, compiled=compiled, graphs=graphs, new=new,
             syncs=device.counts().host_syncs, later=device.counts().programs,
             counted_later=runner.compile_count() - made, fallbacks=llm.get_metrics().op_fallbacks,
             num_blocks=llm.ready.num_blocks, ledger=dict(llm.ready.ledger))
@@ -126,6 +126,7 @@ def test_tokens_are_those_of_the_cpu(served, models, name):
 def test_every_program_is_made_before_service(served, name):
     run = served[name]
     assert run["made"] == run["graphs"] == STEPS + SAMPLERS
+    assert run["compiled"] == run["new"]
     assert run["later"] == run["counted_later"] == 0
 
 
