@@ -24,7 +24,19 @@ HEAVY = ("torch", "jax", "tensorflow")
 Namespace = dict[tuple[str, str], object]
 
 
-def in_child(what: str, backend: str, options: Mapping[str, str], **more: Any) -> dict[str, Any]:
+def environment_now() -> dict[str, str]:
+    """A copy, taken before the backend was first met."""
+    return dict(os.environ)
+
+
+def in_child(
+    what: str,
+    backend: str,
+    options: Mapping[str, str],
+    *,
+    environment: Mapping[str, str],
+    **more: Any,
+) -> dict[str, Any]:
     """Run `what` ("probe" or "run") in a fresh interpreter; what it found.
 
     Raises RuntimeError with the end of its output if it failed.
@@ -35,6 +47,7 @@ def in_child(what: str, backend: str, options: Mapping[str, str], **more: Any) -
         capture_output=True,
         text=True,
         check=False,
+        env=dict(environment),
     )
     for line in done.stdout.splitlines():
         if line.startswith(MARK):

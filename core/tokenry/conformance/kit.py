@@ -13,6 +13,7 @@ from tokenry.backend.base import Backend
 from tokenry.backend.contract import Caps, DeviceRef
 from tokenry.backend.discovery import Probe, choose, discover, open_backend
 from tokenry.backend.simulators import SIMULATORS
+from tokenry.conformance.child import environment_now
 from tokenry.conformance.tiny import FAMILIES, TinyModel, write_model
 from tokenry.models.registry import NativeSpec, load_spec
 
@@ -21,7 +22,7 @@ class Kit:
     """What the checks need.
 
     probe    the row of the backend's entry point, None for a simulator.
-    caps     of the first opening.
+    caps     of the first opening. environment: of this process before it.
     steps    random steps that C10 makes.
     """
 
@@ -33,6 +34,7 @@ class Kit:
         self.steps = steps
         self._directory = directory
         self._models: dict[str, TinyModel] = {}
+        self.environment = environment_now()
         rows = discover(backend)
         self.probe: Probe | None = rows[0] if rows else None
         self.device: DeviceRef = choose(rows, backend)

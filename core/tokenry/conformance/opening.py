@@ -43,7 +43,7 @@ def probe(kit: Kit) -> Iterator[Case]:
     if kit.simulated:
         yield Case("a simulator has no entry point")
         return
-    found = in_child("probe", kit.name, {})
+    found = in_child("probe", kit.name, {}, environment=kit.environment)
     heavy = ", ".join(found["heavy"])
     yield Case("libraries", f"it loaded {heavy}" if heavy else None)
     changes = ", ".join(f"{name} {how}" for name, how in found["environment"].items())
@@ -82,7 +82,9 @@ def patch(kit: Kit) -> Iterator[Case]:
 
 def _ran(kit: Kit, **more: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="conform-") as scratch:
-        return in_child("run", kit.name, kit.options, scratch=scratch, **more)
+        return in_child(
+            "run", kit.name, kit.options, environment=kit.environment, scratch=scratch, **more
+        )
 
 
 @check("C02.open", "What cannot be opened is refused: an unknown option, another plugin's device.")

@@ -249,11 +249,13 @@ def _packed(
         if wrong is not None:
             return f"the given {n} was changed: {wrong}"
     op.pack({n: w + 1 for n, w in weights.items()})
-    for again in (first, op.pack(weights)):
-        for a, b in zip([fetched(backend, t) for t in _plain(again)], values, strict=True):
+    now = [fetched(backend, t) for t in _plain(first)]
+    again = [fetched(backend, t) for t in _plain(op.pack(weights))]
+    for what, arrays in (("another pack changed the result", now), ("packed again", again)):
+        for a, b in zip(arrays, values, strict=True):
             wrong = same_bits(a, b)
             if wrong is not None:
-                return f"another pack changed the result: {wrong}"
+                return f"{what}: {wrong}"
     return None
 
 
