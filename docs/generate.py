@@ -2,8 +2,8 @@
 
     python docs/generate.py
 
-Makes docs/config.md and docs/contract.md, and the two tables of core/README.md (import arrows,
-lines per room).
+Makes docs/config.md, docs/contract.md and docs/conformance.md, and the two tables of
+core/README.md (import arrows, lines per room).
 tests/test_docs.py fails when they are not up to date.
 """
 
@@ -164,12 +164,33 @@ def _entry(name: str, function: object) -> list[str]:
     return ["", f"### `{name}{signature}`", "", inspect.getdoc(function) or ""]
 
 
+# ---- the conformance kit ------------
+
+
+def conformance_page() -> str:
+    """How the kit is run, its checks, and which broken backend each of them has caught."""
+    from tokenry.conformance.catalog import page
+
+    tests = ast.parse((ROOT / "tests/conformance/test_mutants.py").read_text(encoding="utf-8"))
+    table = next(
+        node.value
+        for node in tests.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CAUGHT"
+    )
+    caught: dict[str, tuple[str, str]] = ast.literal_eval(table)
+    lines = ["", f"## {len(caught)} broken backends, and what caught them", ""]
+    lines += ["| broken backend | caught by | words of the finding |", "|---|---|---|"]
+    lines += [f"| {name} | `{check}` | {words} |" for name, (check, words) in caught.items()]
+    return page() + "\n".join(lines) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """Path -> text of everything that is generated."""
     readme = ROOT / "core" / "README.md"
     return {
         ROOT / "docs" / "config.md": config_page(),
         ROOT / "docs" / "contract.md": contract_page(),
+        ROOT / "docs" / "conformance.md": conformance_page(),
         readme: with_tables(readme.read_text(encoding="utf-8")),
     }
 
