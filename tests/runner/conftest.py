@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
 def make_runner(tiny):
     """make_runner(backend name, **RunnerConfig and MemoryLimits fields) -> ModelRunner."""
 
-    def make(name="cpu", *, backend=None, processors=None, **values):
+    def make(name="cpu", *, backend=None, processors=None, context=64, **values):
         if backend is None:
             backend = open_backend(choose(discover(name), name), {})
         limits = {
@@ -63,7 +63,7 @@ def make_runner(tiny):
             "num_kv_blocks": 40,
         }
         memory = MemoryLimits(**{k: values.pop(k, v) for k, v in limits.items()})
-        spec = load_spec(tiny, dtype="float32", max_model_len=64)
+        spec = load_spec(tiny, dtype="float32", max_model_len=context)
         return ModelRunner(
             backend,
             spec,

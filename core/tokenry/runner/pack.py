@@ -161,23 +161,33 @@ def _sizes(bucket: Bucket, width: int) -> dict[str, int]:
     return dict(zip(FIELDS, (T, T, T, T, S + 1, S, S, S * width, R), strict=True))
 
 
-def blank_batch(bucket: Bucket, width: int, *, uniform_q: bool) -> HostBatch:
-    """A batch of one-token rows on the null block, as large as the bucket: for warm-up, capture and
-    probing.
+def blank_batch(
+    bucket: Bucket, width: int, *, uniform_q: bool, max_len: int | None = None
+) -> HostBatch:
+    """A batch of rows on the null block, as large as the bucket: for warm-up, capture and probing.
 
     Every row is live (q_lens fill the bucket) so that the worst case is what runs; all KV goes to
     block 0.
+
+    max_len  most tokens of a request: no row is longer, and what a bucket holds beyond is padding,
+             as in a step; None: any length can come.
     """
     arrays = _blank(bucket, width)
     T, S = bucket.tokens, bucket.seqs
     q = max(1, T // S)
     lens = np.full(S, q, np.int32)
     lens[-1] = q if uniform_q else T - q * (S - 1)
+    if max_len is not None:
+        lens = np.minimum(lens, np.int32(max_len))
+    ends = np.cumsum(lens)
+    firsts = np.arange(S, dtype=np.int32) * q if uniform_q else ends - lens
     arrays["q_lens"][:] = lens
     arrays["seq_lens"][:] = lens
-    arrays["q_start"][1:] = np.cumsum(lens)
-    arrays["positions"][:] = np.arange(T) - np.repeat(arrays["q_start"][:-1], lens)
-    arrays["logit_rows"][:] = np.arange(T) if bucket.logits == "all" else arrays["q_start"][1:] - 1
+    arrays["q_start"][:S] = firsts
+    arrays["q_start"][S] = min(S * q, T) if uniform_q else ends[-1]
+    at = np.arange(ends[-1]) - np.repeat(ends - lens, lens)
+    arrays["positions"][np.repeat(firsts, lens) + at] = at
+    arrays["logit_rows"][:] = np.arange(T) if bucket.logits == "all" else firsts + lens - 1
     return _host_batch(bucket, arrays)
 
 

@@ -120,6 +120,7 @@ class ModelRunner:
             dtype=spec.dtype,
         )
         progress("planning memory", 0.0)
+        self._table_len = spec.max_model_len  # positions that the model's tables have
         self.plan = self._plan(config, spec.max_model_len, used_before)
         self._extent = self._extent_of(config, self.plan.max_model_len, self.plan.num_blocks)
         kv = backend.alloc_kv(self._kv_spec, self.plan.num_blocks)
@@ -227,7 +228,9 @@ class ModelRunner:
             width = max(1, bucket.kv_blocks)
         elif not self._caps.shapes.static and self._caps.graphs == "none":
             width = 1 + bucket.tokens // bucket.seqs // self.block_size
-        host = blank_batch(bucket, width, uniform_q=self._caps.shapes.uniform_q)
+        host = blank_batch(
+            bucket, width, uniform_q=self._caps.shapes.uniform_q, max_len=self._table_len
+        )
         return to_device(host, self._backend)[0]
 
     def _execute(self, logits: Tensor, batch: StepBatch) -> None:
