@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 from tokenry.backend import discovery
-from tokenry.backend.contract import CONTRACT, DeviceRef
+from tokenry.backend.contract import CONTRACT, Caps, DeviceRef, PhaseRules, ShapeRules
 from tokenry.errors import BackendError, ConfigError, NoBackend
 
 PLUGIN = """
@@ -175,6 +178,30 @@ def test_a_plugin_that_opens_something_else_is_refused(install):
     install("x", before="return 42")
     with pytest.raises(BackendError, match="gave a int, not a Backend"):
         discovery.open_backend(ref("x"), {})
+
+
+@pytest.mark.parametrize(
+    ("caps", "says"),
+    [
+        ("Caps(sampling='tokens')", "give token ids"),
+        ("Caps(kv_dtypes=('float8',))", "holds KV as float8 only"),
+        ("Caps(block_sizes=())", "no Caps.block_sizes"),
+    ],
+)
+def test_what_the_core_cannot_honour_is_refused_when_it_is_opened(install, caps, says):
+    install("x", before=f"Device.caps = {caps}")
+    with pytest.raises(BackendError, match=says):
+        discovery.open_backend(ref("x"), {})
+
+
+@pytest.mark.parametrize("rules", [Caps, ShapeRules, PhaseRules])
+def test_every_promise_of_the_contract_is_read_by_somebody(rules):
+    """A field that nobody looks at lets a backend promise what nobody heeds."""
+    root = Path(__file__).parents[2]
+    files = [*root.glob("core/tokenry/**/*.py"), *root.glob("plugins/*/tokenry_*/**/*.py")]
+    text = "\n".join(f.read_text() for f in files if f.name != "contract.py")
+    unread = [f.name for f in fields(rules) if not re.search(rf"\.{f.name}\b", text)]
+    assert unread == []
 
 
 def test_an_option_that_nobody_reads_is_an_error(install):

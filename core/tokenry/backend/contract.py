@@ -94,13 +94,16 @@ class Caps:
     input_device      torch device of the packed inputs and of the KV ("cpu" for opaque devices).
     dtypes            model dtypes, preferred first (the first that the checkpoint can be cast to is
                       `auto`).
-    kv_dtypes         "auto" = model dtype.
+    kv_dtypes         what alloc_kv can hold; the core asks for "auto", the model's dtype: it must be
+                      among them.
+    fp8               the encoding of the device's own fp8 kernels, for the plugin and those who ask
+                      for its facts; the core asks for none.
     block_sizes       tokens per KV block, preferred first.
     graphs            none | capture (replay of recorded launches) | aot (compiled before service).
     kv_baked          a program depends on num_blocks, so the KV is planned, without a device,
                       before compile.
     sampling          logits: the core samples with the `sample` op; tokens: the program returns
-                      token ids.
+                      token ids (refused at open: the core cannot drive such a device yet).
     sample_max_top_k  requests beyond it are refused, None: no limit.
     token_feedback    the next step can take its token ids from the previous one on the device.
     batch_invariant   a claim, tested if made: the bits of a row do not depend on the other rows or
@@ -113,7 +116,6 @@ class Caps:
     kv_dtypes: tuple[str, ...] = ("auto",)
     fp8: Literal["none", "e4m3fn", "e4m3fnuz", "e4m3_240"] = "none"
     block_sizes: tuple[int, ...] = (16,)
-    kv_kinds: frozenset[str] = frozenset({"full"})
     shapes: ShapeRules = ShapeRules()
     phases: PhaseRules = PhaseRules()
     graphs: Literal["none", "capture", "aot"] = "none"
@@ -122,7 +124,6 @@ class Caps:
     sample_max_top_k: int | None = None
     token_feedback: bool = True
     dist: str | None = None
-    collectives: frozenset[str] = frozenset()
     quant: frozenset[str] = frozenset()
     batch_invariant: bool = False
 

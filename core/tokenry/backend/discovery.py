@@ -224,7 +224,28 @@ def _checked(device: DeviceRef, backend: Any) -> Backend:
             "The %s backend was tested with contract %d.%d, newer than this %d.%d.",
             name, major, minor, *CONTRACT,
         )  # fmt: skip
+    _refuse_unserved(name, backend.caps)
     return backend
+
+
+def _refuse_unserved(name: str, caps: Caps) -> None:
+    """Raises BackendError for what the contract can say and this core cannot do: a field that is
+    not looked at would give wrong answers.
+    """
+    if caps.sampling == "tokens":
+        raise BackendError(
+            f"The programs of the {name} backend give token ids (Caps.sampling is 'tokens'); this "
+            "core draws from logits.",
+            mend=f"a {name} backend that gives logits",
+        )
+    if "auto" not in caps.kv_dtypes:
+        raise BackendError(
+            f"The {name} backend holds KV as {', '.join(caps.kv_dtypes)} only; this core keeps it "
+            "in the model's dtype ('auto' in Caps.kv_dtypes)."
+        )
+    for field_name in ("dtypes", "block_sizes"):
+        if not getattr(caps, field_name):
+            raise BackendError(f"The {name} backend has no Caps.{field_name}.")
 
 
 class _WatchedOptions(dict[str, str]):

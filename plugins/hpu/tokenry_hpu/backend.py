@@ -119,7 +119,6 @@ class HpuBackend(Backend):
             token_feedback=not lazy,
             graphs="capture" if lazy else "none" if options.graphs == "none" else "aot",
             dist="hccl",
-            collectives=frozenset({"all_reduce", "all_gather", "reduce_scatter"}),
         )
 
     def memory(self) -> MemoryInfo:
