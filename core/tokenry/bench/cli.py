@@ -68,5 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark; 0 if it measured what it should."""
     home = {"throughput": "offline", "latency": "offline", "serve": "serve", "ramp": "ramp"}
     module = importlib.import_module(f"tokenry.bench.{home[args.bench]}")
-    status: int = getattr(module, args.bench)(args)
+    from tokenry.bench.outputs import Outputs
+
+    with Outputs.open(args) as outputs:
+        status: int = getattr(module, args.bench)(args, outputs)
     return status

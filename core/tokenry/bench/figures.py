@@ -8,11 +8,9 @@ to last token (the terms of vLLM's `bench serve`). All in seconds; tables show m
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +90,3 @@ def latency_table(spreads: Mapping[str, Spread]) -> str:
         figures = "".join(f"{1000 * v:>10.1f}" for v in (spread.mean, spread.p50, spread.p99))
         lines.append(f"{name:<6}{figures}")
     return "\n".join(lines)
-
-
-def save_json(path: str | None, data: Mapping[str, object]) -> None:
-    """Write the figures, if a path was given."""
-    if path is not None:
-        Path(path).write_text(json.dumps(data, indent=1, default=_plain) + "\n", encoding="utf-8")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Spread):
-        return {"mean": value.mean, "p50": value.p50, "p99": value.p99}
-    raise TypeError(f"{type(value).__name__} is not JSON")

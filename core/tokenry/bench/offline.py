@@ -8,35 +8,36 @@ import random
 import resource
 import time
 
-from tokenry.bench.figures import Spread, save_json
+from tokenry.bench.figures import Spread
+from tokenry.bench.outputs import Outputs
 from tokenry.config import EngineConfig
 from tokenry.llm import LLM
 from tokenry.params import SamplingParams
 
 
-def throughput(args: argparse.Namespace) -> int:
+def throughput(args: argparse.Namespace, outputs: Outputs) -> int:
     """Serve all prompts at once; tokens per second."""
     llm = _open(args)
     prompts = _prompts(llm, args.num_prompts, args.input_len)
     begin = time.perf_counter()
-    outputs = llm.generate(prompts, _params(args), use_tqdm=True)
+    answers = llm.generate(prompts, _params(args), use_tqdm=True)
     seconds = time.perf_counter() - begin
-    drawn = sum(len(o.outputs[0].token_ids) for o in outputs)
-    read = sum(len(o.prompt_token_ids) for o in outputs)
+    drawn = sum(len(o.outputs[0].token_ids) for o in answers)
+    read = sum(len(o.prompt_token_ids) for o in answers)
     figures = {
-        "requests_per_s": len(outputs) / seconds,
+        "requests_per_s": len(answers) / seconds,
         "input_tokens_per_s": read / seconds,
         "output_tokens_per_s": drawn / seconds,
         "total_tokens_per_s": (read + drawn) / seconds,
         "seconds": seconds,
         "peak_memory_mib": _peak_mib(),
     }
-    _show(llm, args, figures)
+    _show(llm, args, figures, outputs)
     llm.close()
     return 0
 
 
-def latency(args: argparse.Namespace) -> int:
+def latency(args: argparse.Namespace, outputs: Outputs) -> int:
     """Serve one batch several times after a warm-up; seconds of a round."""
     llm = _open(args)
     rounds = []
@@ -54,7 +55,7 @@ def latency(args: argparse.Namespace) -> int:
         "output_tokens_per_s": args.batch_size * args.output_len / spread.p50,
         "peak_memory_mib": _peak_mib(),
     }
-    _show(llm, args, figures)
+    _show(llm, args, figures, outputs)
     llm.close()
     return 0
 
@@ -81,11 +82,11 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _show(llm: LLM, args: argparse.Namespace, figures: dict[str, float]) -> None:
+def _show(llm: LLM, args: argparse.Namespace, figures: dict[str, float], outputs: Outputs) -> None:
     ready = llm.ready
     print(
         f"{args.model}: {ready.architecture}, {ready.dtype}, {ready.device_name} ({ready.backend})"
     )
     for name, value in figures.items():
         print(f"{name:<22}{value:>12.2f}")
-    save_json(args.json, {"model": args.model, "backend": ready.backend, **figures})
+    outputs.json({"model": args.model, "backend": ready.backend, **figures})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
+import io
 import random
 import signal
 import socket
@@ -17,12 +17,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx2
 
 from tokenry.bench.client import complete, open_client
-from tokenry.bench.figures import save_json
+from tokenry.bench.outputs import Outputs
 from tokenry.bench.serve import TOKEN_IDS, served_model
 from tokenry.errors import ConfigError
 
@@ -45,20 +44,21 @@ class Rung:
         return self.num_prompt, self.num_output, total, round(self.seconds, 3), speed
 
 
-def ramp(args: argparse.Namespace) -> int:
+def ramp(args: argparse.Namespace, outputs: Outputs) -> int:
     """Climb, print, write; 0 if a too long prompt was what ended it and the server still
     answers.
     """
+    kind = _picture_kind(args.plot)
     with _server(args) as url:
         rungs, end, alive = asyncio.run(_climb(args, url))
     print(f"ended by: {end}")
     print("the server lives on" if alive else "the server does not answer any more")
-    with Path(args.csv).open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([HEADER, *(rung.cells for rung in rungs)])
+    outputs.csv([HEADER, *(rung.cells for rung in rungs)])
     print(f"wrote {args.csv}")
-    if args.plot:
-        plot(rungs, args.plot)
-    save_json(args.json, {"rungs": [rung.cells for rung in rungs], "ended_by": end})
+    if kind is not None:
+        outputs.plot(picture(rungs, kind))
+        print(f"wrote {args.plot}")
+    outputs.json({"rungs": [rung.cells for rung in rungs], "ended_by": end})
     return 0 if "context_length_exceeded" in end and alive else 1
 
 
@@ -115,19 +115,33 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise ConfigError(f"The server ended with status {process.returncode} before it was ready.")
 
 
-def plot(rungs: list[Rung], path: str) -> None:
-    """Speed and time over prompt length, as a picture. Without matplotlib a line says what to
-    install.
-    """
+def _picture_kind(path: str) -> str | None:
+    """As in "ramp.png"; None for no picture. Raises ConfigError if it cannot be drawn."""
+    if not path:
+        return None
     try:
-        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         print('no plot: pip install "tokenry[bench]"', file=sys.stderr)
-        return
-    mpl.use("Agg")
-    from matplotlib import pyplot
+        return None
+    kind = path.rpartition(".")[2].lower()
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if kind not in known:
+        raise ConfigError(
+            f"--plot {path}: no picture of this kind can be drawn.",
+            mend=f"a name that ends in one of {', '.join(sorted(known))}, or --plot ''",
+        )
+    return kind
 
-    figure, left = pyplot.subplots(figsize=(8, 4.5))
+
+def picture(rungs: list[Rung], kind: str) -> bytes:
+    """Speed and time over prompt length."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5))
+    FigureCanvasAgg(figure)
+    left = figure.subplots()
     right = left.twinx()
     lengths = [rung.num_prompt for rung in rungs]
     left.plot(lengths, [rung.cells[4] for rung in rungs], marker="o", label="tokens/s")
@@ -137,6 +151,6 @@ def plot(rungs: list[Rung], path: str) -> None:
     right.set_ylabel("time (s)")
     left.grid(alpha=0.3)
     figure.legend(loc="upper center", ncols=2)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    print(f"wrote {path}")
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=120, bbox_inches="tight")
+    return file.getvalue()

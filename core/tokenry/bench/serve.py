@@ -12,14 +12,15 @@ import httpx2
 from tqdm import tqdm
 
 from tokenry.bench.client import complete, open_client
-from tokenry.bench.figures import Timeline, latencies, latency_table, save_json
+from tokenry.bench.figures import Timeline, latencies, latency_table
+from tokenry.bench.outputs import Outputs
 from tokenry.errors import ConfigError
 
 TOKEN_IDS = (10, 1000)
 """Random prompts take these ids, which every vocabulary has."""
 
 
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace, outputs: Outputs) -> int:
     """Send the load, print the table; 1 if any request failed."""
     begin = time.perf_counter()
     timelines = asyncio.run(_load(args))
@@ -40,7 +41,7 @@ def serve(args: argparse.Namespace) -> int:
     print(latency_table(spreads))
     for error in sorted({t.error for t in timelines if t.error}):
         print(f"failed: {error}", file=sys.stderr)
-    save_json(args.json, {"model": args.model, "url": args.url, **figures, **spreads})
+    outputs.json({"model": args.model, "url": args.url, **figures, **spreads})
     return int(len(done) != len(timelines))
 
 
