@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ import pytest
 
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig
-from tokenry.errors import EngineDead, ModelLoadError, RequestError
+from tokenry.errors import ConfigError, EngineDead, ModelLoadError, RequestError
 from tokenry.messages import AddRequest
 from tokenry.params import SamplingParams
 from tokenry.text.outputs import OutputProcessor
@@ -205,6 +206,20 @@ def test_killed_engine_answers_every_waiting_request(monkeypatch):
             engine.check_health()
 
     run(story)
+
+
+def test_no_room_for_the_socket_is_one_error_that_names_the_directory(tmp_path, monkeypatch):
+    full = tmp_path / "not-a-directory"
+    full.write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(full))
+
+    async def story():
+        await AsyncEngine.start(CONFIG, factory="toy_engine:make")
+
+    with pytest.raises(ConfigError) as caught:
+        asyncio.run(story())
+    assert str(full) in caught.value.message
+    assert "TMPDIR" in caught.value.mend
 
 
 def test_failed_start_raises_the_cause_with_its_mend(monkeypatch):

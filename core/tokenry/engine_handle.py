@@ -23,7 +23,7 @@ import zmq.asyncio
 
 from tokenry.config import EngineConfig
 from tokenry.engine_process import error_of
-from tokenry.errors import EngineDead, TokenryError
+from tokenry.errors import ConfigError, EngineDead, TokenryError
 from tokenry.messages import Command, Event, Failed, Ready, Shutdown
 
 log = logging.getLogger("tokenry.engine_handle")
@@ -61,7 +61,10 @@ class EngineHandle:
         address = f"ipc://{self._directory}/engine"
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.set_hwm(0)
-        self._socket.bind(address)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            raise _no_socket(self._directory, error) from error
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -152,10 +155,22 @@ class EngineHandle:
 
 
 def private_directory() -> Path:
-    """A new directory of this user alone, with a path short enough for a unix socket."""
-    path = Path(tempfile.mkdtemp(prefix="tokenry-"))
-    if len(str(path)) > _MAX_SOCKET_PATH - len("/engine"):
-        with contextlib.suppress(OSError):
-            path.rmdir()
-        path = Path(tempfile.mkdtemp(prefix="tokenry-", dir="/tmp"))
+    """A new directory of this user alone, with a path short enough for a unix socket. Raises
+    ConfigError.
+    """
+    try:
+        path = Path(tempfile.mkdtemp(prefix="tokenry-"))
+        if len(str(path)) > _MAX_SOCKET_PATH - len("/engine"):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            path = Path(tempfile.mkdtemp(prefix="tokenry-", dir="/tmp"))
+    except OSError as error:
+        raise _no_socket(error.filename or "the temporary directory", error) from error
     return path
+
+
+def _no_socket(where: object, error: OSError | zmq.ZMQError) -> ConfigError:
+    return ConfigError(
+        f"No socket to the engine process can be made in {where}: {error.strerror or error}.",
+        mend="TMPDIR=/some/directory with room, that this user may write",
+    )
