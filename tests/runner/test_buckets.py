@@ -353,3 +353,18 @@ def test_too_little_memory_for_the_programs_that_cover_everything_is_an_error(
 ):
     with pytest.raises(DeviceOOM, match="No memory to warm up Bucket"):
         make_runner("sim-hpu", backend=small_pool(1))
+
+
+def test_what_becomes_of_a_file_is_told(make_runner):
+    own = make_buckets(SimTotal.caps, make_runner("sim-hpu")._extent)
+    assert make_runner("sim-hpu", buckets=BucketSettings(buckets=tuple(own))).notes == ()
+    large = BucketSettings(buckets=(Bucket("decode", 900, 900, 9000),), max_programs=100)
+    notes = make_runner("sim-hpu", buckets=large).notes
+    assert "max_programs 100: the device holds 64" in notes
+    assert any("of the 1 buckets of the file 0 are used as they are" in note for note in notes)
+
+
+def test_a_file_for_another_device_is_refused(make_runner):
+    other = BucketSettings(buckets=(Bucket("mixed", 4, 64, 0),))
+    with pytest.raises(ConfigError, match="of no kind that this device has"):
+        make_runner("sim-hpu", buckets=other)

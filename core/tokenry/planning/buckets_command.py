@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenry.backend.contract import Bucket, Caps, KVSpec
-from tokenry.config import EngineConfig
+from tokenry.config import EngineConfig, check_file_keys
 from tokenry.config import add_arguments as add_config
 from tokenry.config import load as load_config
 from tokenry.engine.limits import EngineLimits
@@ -28,7 +28,7 @@ from tokenry.planning.parameters import parts_of
 from tokenry.planning.tuner import tune
 from tokenry.planning.waste import Waste, total, waste_of, waste_per_bucket
 from tokenry.runner.bucket_file import bucket_file_text, bucket_settings
-from tokenry.runner.bucket_grid import make_buckets
+from tokenry.runner.bucket_grid import deviations, make_buckets
 from tokenry.runner.buckets import BucketSettings, BucketTable, Need
 from tokenry.runner.shapes import Extent
 from tokenry.runner.step_log import Step, read_steps
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; with --tune also write the file."""
     if args.output and not args.tune:
         raise ConfigError("--output is where --tune writes.", mend="--tune --output FILE")
+    if args.config:
+        check_file_keys(args.config)
     names = {f.name for f in dataclasses.fields(EngineConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     device = find_device_of(load_config(EngineConfig, given, file=args.config), args.device)
@@ -213,7 +215,8 @@ def explained(device: Device, needs: Counter[Need], where: str, *, all_programs:
     buckets = make_buckets(device.caps, device.extent, device.settings)
     parts = waste_per_bucket(needs, BucketTable(buckets, device.caps, price), device.caps, price)
     source = "from a file" if device.settings.buckets else device.settings.strategy
-    lines = [*_head(device, buckets, source), ""]
+    notes = deviations(device.caps, device.settings, buckets)
+    lines = [*_head(device, buckets, source), *notes, ""]
     if not buckets:
         return "\n".join([*lines, "Every step runs in its own shape: there is nothing to pad."])
     if all_programs:

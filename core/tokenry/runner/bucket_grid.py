@@ -82,9 +82,25 @@ def make_buckets(
         )
     cells = grid(caps, extent, settings)
     if settings.buckets:
-        cells = _completed([c for b in settings.buckets for c in _fitted(b, cells, caps)], cells)
+        cells = _completed([_fitted(b, cells, caps) for b in settings.buckets], cells)
     cells = coarsen(cells, prior(cells, caps, settings.block_price), limit, caps, settings)
     return sorted({bucket_of(cell, caps) for cell in cells}, key=size, reverse=True)
+
+
+def deviations(caps: Caps, settings: BucketSettings, buckets: Sequence[Bucket]) -> list[str]:
+    """What became of the settings otherwise than they say, as lines for the start-up log."""
+    found = []
+    most, holds = settings.max_programs, caps.shapes.max_programs
+    if most is not None and most > holds and buckets:
+        found.append(f"max_programs {most}: the device holds {holds}")
+    if settings.buckets and buckets:
+        wanted, made = set(settings.buckets), set(buckets)
+        if wanted != made:
+            found.append(
+                f"of the {len(wanted)} buckets of the file {len(wanted & made)} are used as they "
+                f"are, {len(made - wanted)} others cover what is left with these limits"
+            )
+    return found
 
 
 def size(bucket: Bucket) -> tuple[int, ...]:
@@ -298,20 +314,24 @@ def _work(
 # ---- buckets from a file ---------------------------------------------------------------------
 
 
-def _fitted(bucket: Bucket, cells: Sequence[Cell], caps: Caps) -> Iterator[Cell]:
-    """The bucket on this device: sizes rounded to its multiples, no larger than can come. A kind
-    that the device does not have is left out.
+def _fitted(bucket: Bucket, cells: Sequence[Cell], caps: Caps) -> Cell:
+    """The bucket on this device: sizes rounded to its multiples, no larger than can come. Raises
+    ConfigError for a kind that the device does not have.
     """
     cell = cell_of(bucket, caps)
     same = [c for c in cells if c.kind == cell.kind]
     if not same:
-        return
+        raise ConfigError(
+            f"{bucket} is of no kind that this device has "
+            f"({', '.join(_name(kind) for kind in kinds(caps))}): the bucket file is another's.",
+            mend="tokenry buckets MODEL --tune --output FILE, for this backend",
+        )
     multiple = caps.shapes.multiple_of
 
     def fit(value: int, axis: str, largest: int) -> int:
         return min(round_up(value, multiple.get(axis, 1)), largest)
 
-    yield Cell(
+    return Cell(
         cell.kind,
         fit(cell.seqs, "seqs", max(c.seqs for c in same)),
         fit(cell.width, "tokens", max(c.width for c in same)),

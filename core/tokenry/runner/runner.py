@@ -27,7 +27,7 @@ from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, Refusal, RequestError
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest, Row, StepPlan, StepResult
-from tokenry.runner.bucket_grid import make_buckets, maxima
+from tokenry.runner.bucket_grid import deviations, make_buckets, maxima
 from tokenry.runner.buckets import BucketSettings, BucketTable, exact, need_of
 from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory
 from tokenry.runner.pack import blank_batch, pack, table_width, to_device
@@ -127,6 +127,7 @@ class ModelRunner:
         self._kv = kv
         eager = config.enforce_eager and not self._caps.shapes.static
         buckets = [] if eager else make_buckets(self._caps, self._extent, config.buckets)
+        self._bucket_notes = deviations(self._caps, config.buckets, buckets)
         step = self._step
         self._programs = Programs(backend, lambda batch: step(batch, kv), buckets)
         if config.warmup or self._caps.shapes.static:
@@ -138,8 +139,8 @@ class ModelRunner:
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines for the start-up log."""
-        late = self._programs.note
-        return self.plan.notes if late is None else (*self.plan.notes, late)
+        late = (self._programs.note,) if self._programs.note is not None else ()
+        return (*self.plan.notes, *self._bucket_notes, *late)
 
     def stats(self) -> tuple[int, int, dict[str, int]]:
         """Programs, launches that ran uncompiled, ops that fell back to the reference."""
