@@ -1,7 +1,7 @@
 """A torch.distributed backend under a vendor's name, which runs on gloo.
 
-In: a name and the device's type. Out: `init_process_group(backend=name)` works for tensors of the device and of the
-host. The library hands collectives on device memory to the group's CPU backend, so both are gloo.
+In: a name and the device's type. Out: `init_process_group(backend=name)` works for tensors of both
+device and host. The library hands collectives on device memory to the group's CPU backend.
 """
 
 from __future__ import annotations

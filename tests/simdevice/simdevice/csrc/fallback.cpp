@@ -35,13 +35,12 @@ bool mixes_dtypes(const Name& name) {
 
 bool is_mask(const at::Tensor& t) { return t.defined() && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte); }
 
-// indexing by a mask is a nonzero in disguise, unless one value is written (then it is a masked_fill)
+// writing by a mask is a nonzero in disguise, unless one value is written (then it is a masked_fill); reading by a
+// mask calls nonzero itself
 bool reads_shape(const Name& schema, const torch::jit::Stack& args) {
   if (kShapeReads.count(schema) > 0) return true;
   if (schema == "aten::repeat_interleave") return args.back().isNone();
-  const bool writes = schema == "aten::index_put" || schema == "aten::index_put_" || schema == "aten::_index_put_impl_";
-  if (!writes && schema != "aten::index") return false;
-  if (writes && args[2].toTensor().numel() == 1) return false;
+  if (schema != "aten::_index_put_impl_" || args[2].toTensor().numel() == 1) return false;
   for (const std::optional<at::Tensor>& index : args[1].toOptionalTensorVector())
     if (index && is_mask(*index)) return true;
   return false;
