@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenry.backend.reference import REFERENCE_OPS
+from tokenry.errors import RequestError
 from tokenry.params import SamplingParams
-from tokenry.runner.sampler import Draw, Sampler, score, uniforms
+from tokenry.runner.sampler import Draw, Sampler, installed_processors, score, uniforms
 
 VOCAB = 23
 EOS = 1
@@ -158,3 +161,31 @@ def test_an_unknown_processor_is_an_error_that_names_the_known(logits):
     sampler = make_sampler(known=lambda args: None)
     with pytest.raises(Exception, match="no logits processor 'x'; installed: known"):
         sampler(logits[None], [draw(greedy(logits_processor="x"))])
+
+
+def test_installed_processors_load_when_used_and_a_broken_one_is_its_requests_error(
+    logits, tmp_path, monkeypatch
+):
+    home = tmp_path / "odd_processors-1.0.dist-info"
+    home.mkdir()
+    (home / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-processors\nVersion: 1.0\n")
+    (home / "entry_points.txt").write_text(
+        "[tokenry.logits_processors]\n"
+        "whole = odd_whole_processor:make\n"
+        "broken = odd_broken_processor:make\n"
+        "absent = odd_whole_processor:nothing\n"
+    )
+    whole = "def make(args):\n    return lambda history, logits: -logits\n"
+    (tmp_path / "odd_whole_processor.py").write_text(whole)
+    (tmp_path / "odd_broken_processor.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    processors = installed_processors()
+    assert {"whole", "broken", "absent"} <= set(processors)
+    assert not {"odd_whole_processor", "odd_broken_processor"} & set(sys.modules)
+    sampler = make_sampler(**processors)
+    token = sampler(logits[None], [draw(greedy(logits_processor="whole"))]).token_ids[0]
+    assert int(token) == int(logits.argmin())
+    for name, cause in (("broken", "a_package_that_is_not_there"), ("absent", "nothing")):
+        with pytest.raises(RequestError, match=cause) as caught:
+            sampler.make_processor(greedy(logits_processor=name))
+        assert caught.value.param == "logits_processor"

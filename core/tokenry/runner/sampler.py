@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import numpy as np
@@ -79,9 +79,17 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def installed_processors() -> dict[str, ProcessorFactory]:
     """Factories of installed distributions (entry-point group `tokenry.logits_processors`), by
-    name.
+    name. Each is imported when a request asks for it: a broken one is that request's error.
     """
-    return {entry.name: entry.load() for entry in entry_points(group=PROCESSOR_GROUP)}
+    return {entry.name: _when_used(entry) for entry in entry_points(group=PROCESSOR_GROUP)}
+
+
+def _when_used(entry: EntryPoint) -> ProcessorFactory:
+    def make(args: Mapping[str, Any]) -> LogitsProcessor:
+        factory: ProcessorFactory = entry.load()
+        return factory(args)
+
+    return make
 
 
 class Sampler:
