@@ -3,8 +3,8 @@
     python benchmarks/soak.py [--model demo] [--backend cpu] [--requests 2000] [--blocks 320]
 
 Prints the requests by how they ended, preemptions, prefix-cache hits, KV waste (slots of allocated
-blocks that hold no token), and the resident memory per eighth of the run. Exit status 1 if a
-request is unanswered or a block is leaked.
+blocks that hold no token), and the resident memory per eighth of the run. Exit status 1, with the
+reason, if a request is unanswered, a block is leaked, the waste is 4 % or more, or memory grows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import collections
 import random
 import sys
 import time
+from collections.abc import Sequence
 
 import psutil
 from tqdm import tqdm
@@ -46,6 +47,32 @@ def make_requests(rng: random.Random, count: int, vocab: int) -> list[AddRequest
             )
         )
     return requests
+
+
+MOST_WASTE = 0.04
+MOST_GROWTH = 1.05
+"""Of the resident memory, from the end of the second eighth (all shapes and blocks were used once)
+to the end.
+"""
+
+
+def complaints(
+    *, unanswered: int, leaked: float, waste: float, resident: Sequence[int]
+) -> list[str]:
+    """What is wrong with a run. leaked and waste: shares; resident: bytes, eighth by eighth."""
+    found = []
+    if unanswered:
+        found.append(f"{unanswered} requests are not answered")
+    if leaked:
+        found.append(f"{leaked:.1%} of the KV is in use at the end")
+    if waste >= MOST_WASTE:
+        found.append(f"KV waste is {waste:.2%}, it must stay below {MOST_WASTE:.0%}")
+    settled = resident[2:]
+    if settled and settled[-1] > MOST_GROWTH * settled[0]:
+        found.append(
+            f"resident memory grew from {settled[0] / 2**20:.0f} to {settled[-1] / 2**20:.0f} MiB"
+        )
+    return found
 
 
 class Soak:
@@ -129,11 +156,17 @@ def main() -> int:
     print(f"preemptions           {stats.num_preemptions}")
     hits = stats.prefix_cache_hits / max(1, stats.prefix_cache_queries)
     print(f"prefix-cache hits     {stats.prefix_cache_hits} tokens, {hits:.1%} of those asked")
-    print(f"KV waste              mean {sum(soak.waste) / len(soak.waste):.2%} of allocated slots")
+    waste = sum(soak.waste) / len(soak.waste)
+    print(f"KV waste              mean {waste:.2%} of allocated slots")
     print(f"KV in use at the end  {leaked:.1%} (0: no leaked block; integrity checked every step)")
     print(f"resident MiB          {' '.join(mib)} (each eighth of the run)")
     assembled.engine.close()
-    return 0 if answered == args.requests and leaked == 0 else 1
+    found = complaints(
+        unanswered=args.requests - answered, leaked=leaked, waste=waste, resident=soak.rss
+    )
+    for complaint in found:
+        print(f"FAILED: {complaint}")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def alone():
         ({"max_num_seqs": 2}, 1),
         ({}, 2),
         ({"max_num_batched_tokens": 16, "max_num_seqs": 6}, 2),
-        ({"block_size": 16}, 2),
+        ({"block_size": 32}, 2),
     ],
     ids=["batched", "no overlap", "chunks", "two at once", "cached", "cached chunks", "block size"],
 )

@@ -53,7 +53,9 @@ class EngineConfig:
         "auto",
     )
     load_format: Literal["auto", "safetensors", "dummy"] = _f(
-        "dummy: random weights of the right shapes, for benchmarks", "auto"
+        "dummy: random weights of the right shapes, for benchmarks; auto and safetensors are one: "
+        "no other files are read",
+        "auto",
     )
     max_model_len: int | None = _f(
         "most tokens of a request, prompt and answer; without it the model's own, fitted to memory",

@@ -94,8 +94,8 @@ class Caps:
     input_device      torch device of the packed inputs and of the KV ("cpu" for opaque devices).
     dtypes            model dtypes, preferred first (the first that the checkpoint can be cast to is
                       `auto`).
-    kv_dtypes         what alloc_kv can hold; the core asks for "auto", the model's dtype: it must be
-                      among them.
+    kv_dtypes         what alloc_kv can hold; the core asks for "auto", the model's dtype, so this
+                      must be among them.
     fp8               the encoding of the device's own fp8 kernels, for the plugin and those who ask
                       for its facts; the core asks for none.
     block_sizes       tokens per KV block, preferred first.

@@ -65,11 +65,6 @@ class BlockManager:
         return self.num_blocks - 1
 
     @property
-    def num_unheld(self) -> int:
-        """Blocks that can be handed out now, cached ones included."""
-        return len(self._unheld)
-
-    @property
     def num_held(self) -> int:
         """Blocks that some request holds."""
         return self.num_usable - len(self._unheld)
