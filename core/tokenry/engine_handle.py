@@ -91,7 +91,7 @@ class EngineHandle:
         process = self._process
         if process is not None and process.returncode is None:
             if not self._loaded:
-                process.terminate()  # it loads, and does not listen yet
+                self._abandon()  # it loads, and does not listen yet
             self.send(Shutdown())
             try:
                 await asyncio.wait_for(process.wait(), _END_GRACE_S)
@@ -121,9 +121,13 @@ class EngineHandle:
                 log.exception("an event of the engine could not be read")
                 what = f"The front could not read an event: {type(error).__name__}: {error}."
                 self._on_end(EngineDead(what, mend="restart the server; its log has the cause"))
-                if self._process is not None and self._process.returncode is None:
-                    self._process.terminate()  # nobody hears it any more
+                self._abandon()  # nobody hears it any more
                 return
+
+    def _abandon(self) -> None:
+        """End the process wherever it is: to it this is its parent's end."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
 
     async def _watch(
         self,

@@ -2,8 +2,9 @@
 
 In: the engine's config as JSON on stdin, then batches of `Command`s. Out: batches of `Event`s:
 Progress while loading, then Ready or Failed, then the news of each step. Blocks in poll while there
-is nothing to do, so an idle server costs no CPU. Ends with its parent: stdin is a pipe that only
-the parent holds open, and its end is the parent's. Knows no HTTP and no text; run as
+is nothing to do, so an idle server costs no CPU. Ends with its parent, not by SIGINT or SIGTERM:
+stdin is a pipe that only the parent holds open, and its end is the parent's. Knows no HTTP and no
+text; run as
 `python -m tokenry.engine_process ADDRESS FACTORY`.
 """
 
@@ -236,8 +237,8 @@ def _failed(request_id: str, error: TokenryError) -> TokensEvent:
 def main(argv: Sequence[str]) -> int:
     """Load the engine that `factory` makes, then serve it at `address`."""
     address, factory = argv
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to understand
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):  # often sent to the whole group: the parent's
+        signal.signal(number, signal.SIG_IGN)  # to understand, it drains and then ends us
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     threading.Thread(target=_end_with_parent, args=(address,), daemon=True).start()
     context = zmq.Context()
@@ -294,10 +295,6 @@ def find_factory(dotted: str) -> Factory:
     module, _, name = dotted.partition(":")
     factory: Factory = getattr(importlib.import_module(module), name)
     return factory
-
-
-def _terminate(signal_number: int, frame: object) -> None:
-    raise SystemExit(0)
 
 
 def _end_with_parent(address: str) -> None:

@@ -103,6 +103,65 @@ def test_sigterm_lets_running_requests_finish(start_toy):
     assert server.process.wait(20) == 0
 
 
+def test_a_signal_to_the_whole_group_drains_as_one_to_the_server(start_toy):
+    """What systemd, a container's end and Ctrl-C do: the engine gets the signal, too."""
+    server = start_toy(TOY_STEP_S="0.01").wait_ready()
+    answers = []
+    body = {**BODY, "max_tokens": 100, "stream": True}
+    thread = threading.Thread(
+        target=lambda: answers.append(server.http.post("/v1/completions", json=body).text)
+    )
+    thread.start()
+    until(lambda: gauge(server, "num_requests_running") == 1)
+    os.kill(engine_pid(server), signal.SIGTERM)
+    os.kill(engine_pid(server), signal.SIGINT)
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(20)
+    assert '"finish_reason":"length"' in answers[0]
+    assert "error" not in answers[0]
+    assert server.process.wait(20) == 0
+    server.reader.join(20)
+    assert "Traceback" not in "".join(server.lines)
+
+
+def test_a_second_signal_ends_streams_with_an_error_frame(start_toy):
+    server = start_toy(TOY_STEP_S="0.05").wait_ready()
+    texts = []
+    body = {**BODY, "stream": True}
+    threads = [
+        threading.Thread(
+            target=lambda: texts.append(server.http.post("/v1/completions", json=body).text)
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: gauge(server, "num_requests_running") == 2)
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: "draining" in "".join(server.lines))
+    server.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(20)
+    for text in texts:
+        error, done = text.rstrip().split("\n\n")[-2:]
+        assert '"code":"engine_dead"' in error
+        assert "shut down" in error
+        assert done == "data: [DONE]"
+    assert server.process.wait(20) == 0
+    server.reader.join(20)
+    assert "Traceback" not in "".join(server.lines)
+
+
+def test_a_signal_while_the_model_loads_ends_the_server(start_toy):
+    server = start_toy(TOY_LOAD_S="30")
+    until(lambda: server.http.get("/readyz").json().get("phase") == "toy weights")
+    engine = engine_pid(server)
+    os.kill(engine, signal.SIGTERM)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) == 0
+    assert not Path(f"/proc/{engine}").exists()
+
+
 def test_failed_start_prints_one_cause_and_its_mend(start_toy):
     server = start_toy(TOY_FAIL="1")
     assert server.process.wait(20) == 1

@@ -95,8 +95,8 @@ async def _serve(
             server_header=False,
         )
     )
-    stop = asyncio.Event()
-    _on_signals(stop, server)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    _on_signals(stop, hurry)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         address = _address(listener, config)
@@ -105,7 +105,7 @@ async def _serve(
             for line in _welcome(engine.ready, address, name):
                 _say(line)
             await stop.wait()
-            await _drain(service)
+            await _drain(service, hurry)
         return 0
     finally:
         await engine.shutdown()
@@ -113,14 +113,11 @@ async def _serve(
         await serving
 
 
-def _on_signals(stop: asyncio.Event, server: uvicorn.Server) -> None:
-    """The first signal asks for a drain, the second one ends at once."""
+def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """The first signal asks for a drain, the second one ends it: who still waits gets an error."""
 
     def on_signal() -> None:
-        if stop.is_set():
-            server.force_exit = True
-            raise SystemExit(1)
-        stop.set()
+        (hurry if stop.is_set() else stop).set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
@@ -132,10 +129,10 @@ async def _load(engine: AsyncEngine, stop: asyncio.Event) -> bool:
     stopping = asyncio.create_task(stop.wait())
     try:
         await follow(StartLog(), lambda: engine.progress, loading, stopping)
-        if loading.done():
-            loading.result()
-            return True
-        return False
+        if stopping.done():  # an engine that ended by the same signal is no error
+            return False
+        loading.result()
+        return True
     finally:
         stopping.cancel()
         loading.cancel()
@@ -146,14 +143,21 @@ async def _launch(engine: AsyncEngine) -> None:
     await engine.wait_ready()
 
 
-async def _drain(service: Service) -> None:
-    """No new requests; those under way get `drain_timeout_s`."""
+async def _drain(service: Service, hurry: asyncio.Event) -> None:
+    """No new requests; those under way get `drain_timeout_s`, or until somebody is in a hurry."""
     service.draining = True
     end_s = time.monotonic() + service.config.drain_timeout_s
     if service.num_active:
-        _say(f"draining {service.num_active} requests, at most {service.config.drain_timeout_s} s")
+        _say(
+            f"draining {service.num_active} requests, at most {service.config.drain_timeout_s} s; "
+            "a second signal ends them at once"
+        )
     while service.num_active and time.monotonic() < end_s and service.engine.dead is None:
+        if hurry.is_set():
+            break
         await asyncio.sleep(_POLL_S)
+    if service.num_active and service.engine.dead is None:
+        _say(f"{service.num_active} requests are ended with an error")
 
 
 def _address(listener: socket.socket, config: ServerConfig) -> str:
