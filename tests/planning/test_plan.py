@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,14 @@ def test_the_command_prints_the_ledger_and_what_fits(capsys):
     assert "70.55 G parameters, bfloat16, over 8" in text
     assert "80% of what is left" in text
     assert "It fits: " in text
+
+
+def test_the_example_shows_what_the_command_prints(capsys):
+    readme = (CASE / "README.md").read_text()
+    command, shown = re.search(r"\$ tokenry (plan .*)\n((?:.|\n)*?)```", readme).groups()
+    words = [str(CASE) if word == "examples/plan_70b" else word for word in command.split()]
+    assert main(words) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_what_does_not_fit_comes_with_mends_that_do(capsys):
