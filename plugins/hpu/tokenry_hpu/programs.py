@@ -28,12 +28,13 @@ MEND = "--backend-option graph_memory_fraction higher, or --max-num-seqs lower"
 class Programs:
     """Makes programs. Owned by HpuBackend.
 
-    made    programs so far.
+    made    programs so far, and what the vendor compiled in later runs of them (nothing should).
     bytes   device memory that stayed taken when they had run for the first time.
     """
 
     def __init__(self, vendor: Vendor, way: Way) -> None:
         self._vendor = vendor
+        self._compilations = vendor.count_compilations()
         self._way = way
         self.made = 0
         self.bytes = 0
@@ -42,7 +43,6 @@ class Programs:
         """A program for the shapes of `example`; it is compiled when it first runs."""
         run = self._compiled(_of_tensors(step, example))
         shapes = _shapes(example)
-        self.made += 1
         fresh = True
 
         def program(batch: StepBatch) -> Tensor:
@@ -70,16 +70,20 @@ class Programs:
 
     def _run(self, run: Callable[..., Tensor], batch: StepBatch) -> Tensor:
         self._vendor.mark()
+        before = self._compilations()
         out = run(*_tensors(batch))
         self._vendor.mark()
+        self.made += self._compilations() - before
         return out
 
     def _first_run(self, run: Callable[..., Tensor], batch: StepBatch) -> Tensor:
         hpu = self._vendor.hpu
         hpu.synchronize()
         before = hpu.mem_get_info()[0]
+        made = self.made
         out = self._run(run, batch)
         hpu.synchronize()
+        self.made = made + 1  # however many recipes the vendor makes of one program
         self.bytes += max(0, before - hpu.mem_get_info()[0] - out.nbytes)
         return out
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tokenry.errors import BackendError, ConfigError, DeviceOOM
 
+log = logging.getLogger(__name__)
 DISTRIBUTION = "habana-torch-plugin"
 WHERE = (
     f"{DISTRIBUTION} and its torch are not on PyPI. Intel keeps them in the containers "
@@ -34,6 +36,8 @@ LAZY = "PT_HPU_LAZY_MODE"
 """docs, Runtime Environment Variables: 0 (default) torch.compile and eager mode, 1 lazy mode. Read
 once, when the vendor's library is loaded.
 """
+COLLECTIVES = "PT_HPU_ENABLE_LAZY_COLLECTIVES"
+"""docs, as above: collectives in HPU graphs."""
 VISIBLE = "HABANA_VISIBLE_MODULES"
 """docs, Multiple Workloads on a Single Docker: comma-separated modules that a process may use."""
 
@@ -95,6 +99,17 @@ class Vendor:
         if self.lazy:
             self.launch()
 
+    def count_compilations(self) -> Callable[[], int]:
+        """How many recipes the vendor's compiler has made since now."""
+        counting = self.metrics.metric_localcontext("graph_compilation")
+        counter = counting.__enter__()  # for as long as the process lives
+
+        def count() -> int:
+            assert counting is not None  # held, or the context ends
+            return int(counter.stats()[0][1])
+
+        return count
+
     def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
         """`module`, recorded at its first call and replayed from then on (lazy mode only)."""
         wrapped: torch.nn.Module = self.hpu.wrap_in_hpu_graph(module, disable_tensor_cache=True)
@@ -122,12 +137,14 @@ def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int 
             "habana_frameworks was loaded in the other mode before tokenry opened the device.",
             mend=f"start the process with {LAZY}={wanted} in its environment",
         )
-    environ[LAZY] = wanted
-    if lazy:
-        environ.setdefault("PT_HPU_ENABLE_LAZY_COLLECTIVES", "true")
+    needs = {LAZY: wanted} | ({COLLECTIVES: "true"} if lazy else {})
     if module:
         visible = environ.get(VISIBLE, "all")
-        environ[VISIBLE] = str(module) if visible == "all" else visible.split(",")[module]
+        needs[VISIBLE] = str(module) if visible == "all" else visible.split(",")[module]
+    for name, value in needs.items():
+        if environ.get(name) != value:
+            environ[name] = value
+            log.warning("set %s=%s for the vendor's software", name, value)
     return Vendor(
         hpu=find(f"{HABANA}.hpu"),
         launch=find(f"{HABANA}.core.mark_step"),
