@@ -22,17 +22,14 @@ from tokenry.models.layers import (
     Attention,
     AttentionPlan,
     Embedding,
-    GatedMlp,
     LayerNorm,
     LMHead,
     Loader,
-    Moe,
-    MoePlan,
     Norm,
-    PlainMlp,
     Rename,
     RmsNorm,
 )
+from tokenry.models.mlp import GatedMlp, Moe, MoePlan, PlainMlp
 from tokenry.models.rope import rope_table
 
 ACTIVATIONS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenry.models.config import ModelConfig
 from tokenry.models.decoder import DecoderPlan, LayerPlan, activation_of, attention_of
-from tokenry.models.layers import MoePlan
+from tokenry.models.mlp import MoePlan
 
 
 def plan(config: ModelConfig) -> DecoderPlan:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenry.models.config import ModelConfig
 from tokenry.models.decoder import DecoderPlan, LayerPlan, activation_of, attention_of
-from tokenry.models.layers import MoePlan
+from tokenry.models.mlp import MoePlan
 
 
 def plan_qwen2(config: ModelConfig) -> DecoderPlan:
