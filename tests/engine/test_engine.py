@@ -329,6 +329,22 @@ def test_ten_thousand_requests_pass_through():
     assert engine.stats().kv_usage == 0
 
 
+def test_requests_aborted_in_the_queue_are_not_kept_behind_a_blocked_head():
+    engine = EngineCore(limits(max_num_seqs=1, max_model_len=64), OracleRunner(4))
+    engine.add(request("runs", [3] * 6, max_tokens=50))
+    engine.step()
+    for i in range(1000):
+        engine.add(request(f"w{i}", [4] * 6))
+    engine.add(request("stays", [5] * 6))
+    engine.abort([f"w{i}" for i in range(1000)])
+    assert engine._scheduler.num_waiting == 1
+    assert engine._scheduler._waiting.num_kept < 32
+    engine.check_integrity()
+    events = drain(engine)
+    assert tokens_of(events["stays"]) == expected(request("stays", [5] * 6))
+    assert tokens_of(events["runs"]) == expected(request("runs", [3] * 6, max_tokens=50))
+
+
 def test_a_used_id_is_refused_and_an_aborted_one_is_free_again():
     engine = EngineCore(limits(), OracleRunner(4))
     engine.add(request("a", [3] * 6, max_tokens=30))

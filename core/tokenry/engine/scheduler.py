@@ -27,13 +27,13 @@ stream of more urgent requests delays it by a bounded number of steps and never 
 from __future__ import annotations
 
 import bisect
-import heapq
 import time
 from dataclasses import dataclass
 
 from tokenry.engine.block_manager import BlockManager, block_hash, root_hash
 from tokenry.engine.limits import Counters, EngineLimits
 from tokenry.engine.request import Request, Status
+from tokenry.engine.waiting import WaitingQueue
 from tokenry.errors import Refusal, RequestError
 from tokenry.messages import AddRequest, FinishReason, TokensEvent
 from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult
@@ -60,8 +60,7 @@ class Scheduler:
         )
         self.counters = Counters()
         self._requests: dict[str, Request] = {}
-        self._waiting: list[tuple[tuple[int, int], Request]] = []
-        self._num_waiting = 0
+        self._waiting = WaitingQueue()
         self._running: list[Request] = []
         self._in_flight: dict[int, tuple[_Planned, ...]] = {}
         self._forget: list[str] = []
@@ -179,12 +178,9 @@ class Scheduler:
             max(0, self.blocks.num_blocks_for(len(r.tokens)) - len(r.block_ids))
             for r in self._running
         )
-        while budget > 0 and self._waiting and len(self._running) < self.limits.max_num_seqs:
-            request = self._waiting[0][1]
-            if request.status is not Status.WAITING:
-                heapq.heappop(self._waiting)
-                continue
-            if request.num_pending:
+        while budget > 0 and len(self._running) < self.limits.max_num_seqs:
+            request = self._waiting.head()
+            if request is None or request.num_pending:
                 break  # preempted with a token in flight: the runner must be told all tokens
             needed = self.blocks.num_blocks_for(len(request.tokens))
             if needed > self.blocks.num_usable:
@@ -255,8 +251,7 @@ class Scheduler:
 
     def _queue(self, request: Request) -> None:
         request.status = Status.WAITING
-        self._num_waiting += 1
-        heapq.heappush(self._waiting, (request.key, request))
+        self._waiting.push(request)
 
     def _find_prefix(self, request: Request) -> tuple[list[int], list[bytes]]:
         if request.scores_prompt:
@@ -270,8 +265,7 @@ class Scheduler:
     def _admit(
         self, request: Request, prefix: list[int], hashes: list[bytes], num_cached: int
     ) -> None:
-        heapq.heappop(self._waiting)
-        self._num_waiting -= 1
+        self._waiting.pop()
         self.blocks.hold(prefix)
         request.block_ids = list(prefix)
         request.block_hashes = hashes
@@ -295,11 +289,12 @@ class Scheduler:
         self._queue(request)
 
     def _end(self, request: Request) -> None:
-        if request.status is Status.RUNNING:
+        waited = request.status is Status.WAITING
+        if not waited:
             self._drop_blocks(request)
-        else:
-            self._num_waiting -= 1
         request.status = Status.ENDED
+        if waited:
+            self._waiting.note_left()
         del self._requests[request.request_id]
 
     def _drop_blocks(self, request: Request) -> None:
@@ -438,7 +433,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests in the queue."""
-        return self._num_waiting
+        return len(self._waiting)
 
     def kv_waste(self) -> float:
         """Share of the slots in held blocks that no token uses (blocks held by several count
@@ -461,4 +456,4 @@ class Scheduler:
             assert len(request.block_ids) * size >= request.num_computed, request
         keys = [r.key for r in self._running]
         assert keys == sorted(keys), keys
-        assert self._num_waiting + len(self._running) == len(self._requests)
+        assert len(self._waiting) + len(self._running) == len(self._requests)
