@@ -15,10 +15,10 @@ import pytest
 
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig
-from tokenry.errors import ConfigError, EngineDead, ModelLoadError, RequestError
+from tokenry.errors import ConfigError, EngineDead, ModelLoadError, RequestError, StepFailed
 from tokenry.messages import AddRequest
 from tokenry.params import SamplingParams
-from tokenry.text.outputs import OutputProcessor
+from tokenry.text.outputs import OutputProcessor, RequestState
 
 CONFIG = EngineConfig(model="demo", backend="cpu", max_num_seqs=64)
 
@@ -174,6 +174,29 @@ def test_what_only_the_engine_can_refuse_keeps_its_field_and_status(monkeypatch)
             await last(engine.generate("Once", SamplingParams(top_k=51)))
         assert (caught.value.param, caught.value.status) == ("top_k", 400)
         assert (await last(engine.generate("Once", SamplingParams(top_k=50)))).finished
+
+    run(story)
+
+
+def test_fault_in_the_text_of_one_request_fails_it_alone(monkeypatch):
+    monkeypatch.setenv("TOY_STEP_S", "0.005")
+    whole = RequestState.update
+
+    def broken(self, index, event):
+        if self.request_id == "odd" and len(event.token_ids):
+            raise ZeroDivisionError("planted")
+        return whole(self, index, event)
+
+    async def story(engine):
+        monkeypatch.setattr(RequestState, "update", broken)
+        params = SamplingParams(max_tokens=40)
+        other = asyncio.create_task(last(engine.generate("Once", params)))
+        with pytest.raises(StepFailed, match="ZeroDivisionError: planted"):
+            await last(engine.generate("Once", SamplingParams(max_tokens=400, n=2), "odd"))
+        assert (await other).finished
+        assert (await until_idle(engine)).num_requests_aborted == 2
+        assert engine.num_completions == 0
+        await engine.check_integrity()
 
     run(story)
 

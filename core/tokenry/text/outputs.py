@@ -9,6 +9,7 @@ no transport.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tokenry.text.detokenizer import make_detokenizer
 from tokenry.text.stops import StopStrings
 from tokenry.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 OutputKind = Literal["cumulative", "delta", "final"]
 """Outputs hold everything so far / what is new of the completion that has news / everything, once,
 at the end."""
@@ -141,7 +143,13 @@ class OutputProcessor:
             del self._requests[request_id]
             error = state.error_of(event)
             return Update(request_id=request_id, error=error, abort=state.unfinished(int(index)))
-        update = state.update(int(index), event)
+        try:
+            update = state.update(int(index), event)
+        except Exception as error:  # a tokenizer may do anything: its request fails, alone
+            log.exception("the text of request %s could not be made", request_id)
+            del self._requests[request_id]
+            what = f"The text of this request could not be made: {type(error).__name__}: {error}."
+            return Update(request_id=request_id, error=StepFailed(what), abort=state.unfinished())
         if state.finished:
             del self._requests[request_id]
         return update
