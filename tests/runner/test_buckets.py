@@ -283,7 +283,7 @@ def test_a_grid_of_any_fineness_is_coarsened():
 @pytest.mark.parametrize(
     "wanted",
     [
-        BucketSettings(strategy="linear"),
+        BucketSettings(strategy="linear", max_programs=14),
         BucketSettings(strategy="padding-aware", max_programs=9),
         BucketSettings(buckets=(Bucket("decode", 3, 3, 6), Bucket("prefill", 1, 16, 2))),
     ],
@@ -356,7 +356,8 @@ def test_too_little_memory_for_the_programs_that_cover_everything_is_an_error(
 
 
 def test_what_becomes_of_a_file_is_told(make_runner):
-    own = make_buckets(SimTotal.caps, make_runner("sim-hpu")._extent)
+    few = BucketSettings(max_programs=5)
+    own = make_buckets(SimTotal.caps, make_runner("sim-hpu", buckets=few)._extent, few)
     assert make_runner("sim-hpu", buckets=BucketSettings(buckets=tuple(own))).notes == ()
     large = BucketSettings(buckets=(Bucket("decode", 900, 900, 9000),), max_programs=100)
     notes = make_runner("sim-hpu", buckets=large).notes

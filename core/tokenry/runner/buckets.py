@@ -67,14 +67,23 @@ def need_of(launch: Launch, block_size: int) -> Need:
 
 def covers(bucket: Bucket, need: Need, caps: Caps) -> bool:
     """Whether the launch fits into the bucket."""
-    rules = caps.shapes
-    kv = {"none": 0, "per_seq": need.kv_widest, "total": need.kv_total}[rules.kv_axis]
     if bucket.phase != need.phase or (bucket.logits == "all") != need.scored:
         return False
-    if rules.uniform_q and bucket.tokens // bucket.seqs < need.q:
-        return False
-    tokens = need.seqs * need.q if rules.uniform_q else need.tokens
-    return bucket.seqs >= need.seqs and bucket.tokens >= tokens and bucket.kv_blocks >= kv
+    return all(a >= b for a, b in zip(_room(bucket, caps), _wanted(need, caps), strict=True))
+
+
+def _room(bucket: Bucket, caps: Caps) -> tuple[int, int, int]:
+    """Sizes that a launch must not pass: rows, tokens (of a row where rows are padded to one
+    length), KV blocks.
+    """
+    width = bucket.tokens // bucket.seqs if caps.shapes.uniform_q else bucket.tokens
+    return bucket.seqs, width, bucket.kv_blocks
+
+
+def _wanted(need: Need, caps: Caps) -> tuple[int, int, int]:
+    """The launch's sizes, in the same order."""
+    kv = {"none": 0, "per_seq": need.kv_widest, "total": need.kv_total}[caps.shapes.kv_axis]
+    return need.seqs, need.q if caps.shapes.uniform_q else need.tokens, kv
 
 
 def blocks_read(bucket: Bucket, caps: Caps) -> int:
@@ -96,14 +105,14 @@ class BucketTable:
     ) -> None:
         self.buckets = tuple(buckets)
         self._caps = caps
-        self._by_kind: dict[tuple[Phase, bool], list[Bucket]] = {}
+        self._by_kind: dict[tuple[Phase, bool], list[tuple[int, int, int, Bucket]]] = {}
         self._chosen: dict[Need, Bucket | None] = {}
         order = sorted(
             buckets, key=lambda b: (work(b, caps, block_price), b.tokens, b.kv_blocks, b.seqs)
         )
         for bucket in order:
             kind = (bucket.phase, bucket.logits == "all")
-            self._by_kind.setdefault(kind, []).append(bucket)
+            self._by_kind.setdefault(kind, []).append((*_room(bucket, caps), bucket))
 
     def choose(self, need: Need) -> Bucket | None:
         """The covering bucket with the least padding; None where a dynamic device has none, so it
@@ -113,14 +122,21 @@ class BucketTable:
         """
         if need in self._chosen:
             return self._chosen[need]
-        kind = self._by_kind.get((need.phase, need.scored), ())
-        found = next((b for b in kind if covers(b, need, self._caps)), None)
+        found = self._find(need)
         if found is None and self._caps.shapes.static:
             raise UncoveredShape(f"No warmed bucket covers {need}; there are {len(self.buckets)}.")
         if len(self._chosen) >= MOST_REMEMBERED:
             self._chosen.clear()
         self._chosen[need] = found
         return found
+
+    def _find(self, need: Need) -> Bucket | None:
+        """The first that covers it; in every step, so a plain loop over numbers."""
+        seqs, width, kv_blocks = _wanted(need, self._caps)
+        for rows, wide, blocks, bucket in self._by_kind.get((need.phase, need.scored), ()):
+            if rows >= seqs and wide >= width and blocks >= kv_blocks:
+                return bucket
+        return None
 
 
 MOST_REMEMBERED = 4096
