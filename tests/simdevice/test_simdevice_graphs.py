@@ -80,6 +80,7 @@ for key, call in captures.items():
 found["usable"] = (x + 1).sum().item()
 
 del y, scratch, seen, fresh
+graph.reset()
 gc.collect()
 before = device.memory().allocated_bytes
 with graph.capture():

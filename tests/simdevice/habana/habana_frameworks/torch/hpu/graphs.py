@@ -88,9 +88,10 @@ class _Captured:
             elif _replaces(mine, given):
                 instead.append((mine, given))
             else:  # a part of a larger storage: through a stand-in of the captured one
-                whole = torch.empty_like(mine.untyped_storage(), device=mine.device)
+                num_bytes = mine.untyped_storage().nbytes()
+                whole = torch.empty(num_bytes, dtype=torch.uint8, device=mine.device)
                 part = torch.empty(0, dtype=mine.dtype, device=mine.device)
-                part.set_(whole, mine.storage_offset(), mine.shape, mine.stride())
+                part.set_(whole.untyped_storage(), mine.storage_offset(), mine.shape, mine.stride())
                 part.copy_(given)
                 instead.append((mine, part))
                 copies.append((given, part))
