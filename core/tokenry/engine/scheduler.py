@@ -1,11 +1,9 @@
 """Which requests run this step, and with how many tokens.
 
 In: add(request), abort(id), update(plan, result). Out: schedule() -> StepPlan, events. Owns request
-status; asks
-BlockManager for room. Knows nothing of tensors, devices or text. Every request has num_computed <=
-num_tokens; a step
-narrows the gap within one token budget, so prefill, chunked prefill, decode and resumption are one
-case.
+status; asks BlockManager for room. Knows nothing of tensors, devices or text. Every request has
+num_computed <= num_tokens; a step narrows the gap within one token budget, so prefill, chunked
+prefill, decode and resumption are one case.
 
 Steps run in the order of their plans, and a plan may be made while the step before it is in flight.
 Therefore:
@@ -14,14 +12,12 @@ Therefore:
 - blocks may be released while a step in flight still uses them: whoever gets them next uses them in
   a later step;
 - a block is entered in the prefix cache only when the result of the step that filled it is here, so
-  a step that
-  failed leaves nothing to be found.
+  a step that failed leaves nothing to be found.
 
 Order: the smallest key first. Under `fcfs` the key is the arrival; under `priority` it is priority
-* AGING_STEPS +
-the step of arrival: a request of priority p waits like one that arrived p * AGING_STEPS steps
-later, so an endless
-stream of more urgent requests delays it by a bounded number of steps and never starves it.
+* AGING_STEPS + the step of arrival: a request of priority p waits like one that arrived
+p * AGING_STEPS steps later, so an endless stream of more urgent requests delays it by a bounded
+number of steps and never starves it.
 """
 
 from __future__ import annotations
@@ -30,12 +26,14 @@ import bisect
 import time
 from dataclasses import dataclass
 
-from tokenry.engine.block_manager import BlockManager, block_hash, root_hash
+from tokenry.engine.answers import event_of, take_tokens, too_large
+from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.limits import Counters, EngineLimits
+from tokenry.engine.prefix import enter_blocks, find_prefix
 from tokenry.engine.request import Request, Status
 from tokenry.engine.waiting import WaitingQueue
 from tokenry.errors import Refusal, RequestError
-from tokenry.messages import AddRequest, FinishReason, TokensEvent
+from tokenry.messages import AddRequest, TokensEvent
 from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult
 
 AGING_STEPS = 256
@@ -161,8 +159,8 @@ class Scheduler:
                 # nobody is less urgent: it gives up its own blocks, or nobody else holds any and it
                 # can never go on
                 if len(self._running) == 1:
-                    too_large = self._too_large(request.num_computed + num_new)
-                    self._fail(request, too_large.message, too_large)
+                    refusal = too_large(self.blocks, request.num_computed + num_new)
+                    self._fail(request, refusal.message, refusal)
                 else:
                     self._preempt(request)
                 preempted = True
@@ -184,10 +182,10 @@ class Scheduler:
                 break  # preempted with a token in flight: the runner must be told all tokens
             needed = self.blocks.num_blocks_for(len(request.tokens))
             if needed > self.blocks.num_usable:
-                too_large = self._too_large(len(request.tokens))
-                self._fail(request, too_large.message, too_large)
+                refusal = too_large(self.blocks, len(request.tokens))
+                self._fail(request, refusal.message, refusal)
                 continue
-            prefix, hashes = self._find_prefix(request)
+            prefix, hashes = find_prefix(self.blocks, request)
             num_cached = len(prefix) * self.limits.block_size
             num_new = len(request.tokens) - num_cached
             if num_new > budget and not self.limits.chunked_prefill:
@@ -253,15 +251,6 @@ class Scheduler:
         request.status = Status.WAITING
         self._waiting.push(request)
 
-    def _find_prefix(self, request: Request) -> tuple[list[int], list[bytes]]:
-        if request.scores_prompt:
-            return [], []
-        root = root_hash(request.cache_salt, request.lora_name)
-        most = (
-            len(request.tokens) - 1
-        ) // self.limits.block_size  # the last token is always computed
-        return self.blocks.find_prefix(root, request.tokens, most)
-
     def _admit(
         self, request: Request, prefix: list[int], hashes: list[bytes], num_cached: int
     ) -> None:
@@ -308,16 +297,6 @@ class Scheduler:
         self._end(request)
         self._emit(request, finish_reason="error", error=error, refusal=refusal)
 
-    def _too_large(self, num_tokens: int) -> Refusal:
-        blocks, size = self.blocks, self.limits.block_size
-        return Refusal(
-            message=f"The request needs {blocks.num_blocks_for(num_tokens)} KV blocks of {size} "
-            f"tokens for its {num_tokens} tokens, the KV cache has {blocks.num_usable}.",
-            param="prompt",
-            code="context_length_exceeded",
-            mend="a shorter prompt or answer, or more memory for the KV cache (--memory-fraction)",
-        )
-
     # ---- what a step gave --------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> None:
@@ -355,68 +334,27 @@ class Scheduler:
         """Append the row's tokens until one ends the request; enter its full blocks in the prefix
         cache.
         """
-        taken = 0
-        finish: FinishReason | None = None
-        stop_reason: int | None = None
-        for token in row.token_ids:
-            request.tokens.append(token)
-            taken += 1
-            finish, stop_reason = self._finish(request, token)
-            if finish is not None:
-                break
-        self.counters.generation_tokens += taken
+        taken = take_tokens(request, row.token_ids)
+        finish = taken.finish
+        self.counters.generation_tokens += taken.count
         done = planned.row.num_computed + planned.row.num_new
         if finish is None and not planned.row.sample and done >= request.max_len:
             finish = "length"  # nothing was to be drawn (max_tokens 0)
         if planned.epoch == request.epoch and request.status is Status.RUNNING:
-            self._enter_blocks(request, done)
-        if taken or finish:
+            enter_blocks(self.blocks, request, done)
+        if taken.count or finish:
             if finish is not None:
                 self._end(request)
             self._emit(
                 request,
-                token_ids=tuple(row.token_ids[:taken]),
-                logprobs=row.logprobs[:taken],
+                token_ids=tuple(row.token_ids[: taken.count]),
+                logprobs=row.logprobs[: taken.count],
                 finish_reason=finish,
-                stop_reason=stop_reason,
+                stop_reason=taken.stop_reason,
             )
-
-    def _finish(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
-        if request.num_output >= request.params.min_tokens:
-            if token in request.eos_ids:
-                return "stop", None
-            if token in request.stop_ids:
-                return "stop", token
-        return ("length" if len(request.tokens) >= request.max_len else None), None
-
-    def _enter_blocks(self, request: Request, num_computed: int) -> None:
-        size = self.limits.block_size
-        if not self.blocks.prefix_caching or num_computed // size <= len(request.block_hashes):
-            return
-        hashes = request.block_hashes
-        parent = hashes[-1] if hashes else root_hash(request.cache_salt, request.lora_name)
-        for i in range(len(hashes), num_computed // size):
-            parent = block_hash(parent, request.tokens[i * size : (i + 1) * size])
-            hashes.append(parent)
-            self.blocks.enter(request.block_ids[i], parent)
 
     def _emit(self, request: Request, **news: object) -> None:
-        prompt_logprobs = None
-        if request.scores_prompt:
-            prompt_logprobs = tuple(request.prompt_logprobs)
-            request.prompt_logprobs_sent = True
-        self._events.append(
-            TokensEvent(
-                request_id=request.request_id,
-                prompt_logprobs=prompt_logprobs,
-                num_cached_tokens=request.num_cached,
-                num_preemptions=request.epoch,
-                queued_s=request.queued_s,
-                scheduled_s=request.scheduled_s,
-                event_s=time.monotonic(),
-                **news,  # type: ignore[arg-type]  # fields of TokensEvent, named by the callers above
-            )
-        )
+        self._events.append(event_of(request, **news))
 
     # ---- what others may ask -----------------------------------------------------------------
 

@@ -1,0 +1,69 @@
+"""What a request is told: where its sampled tokens end it, its events, why it can never go on.
+
+In: a request, what a step gave. Out: `TokensEvent`s and refusals. Called by Scheduler alone, who
+owns the requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenry.engine.block_manager import BlockManager
+from tokenry.engine.request import Request
+from tokenry.errors import Refusal
+from tokenry.messages import FinishReason, TokensEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """How many of a step's tokens the request took, and whether one of them ended it."""
+
+    count: int
+    finish: FinishReason | None = None
+    stop_reason: int | None = None
+
+
+def take_tokens(request: Request, token_ids: Sequence[int]) -> Taken:
+    """Append the tokens until one ends the request; those after it are dropped."""
+    for count, token in enumerate(token_ids, 1):
+        request.tokens.append(token)
+        if request.num_output >= request.params.min_tokens:
+            if token in request.eos_ids:
+                return Taken(count=count, finish="stop")
+            if token in request.stop_ids:
+                return Taken(count=count, finish="stop", stop_reason=token)
+        if len(request.tokens) >= request.max_len:
+            return Taken(count=count, finish="length")
+    return Taken(count=len(token_ids))
+
+
+def event_of(request: Request, **news: object) -> TokensEvent:
+    """An event with `news`, the request's times, and the scores of its prompt when first told."""
+    prompt_logprobs = None
+    if request.scores_prompt:
+        prompt_logprobs = tuple(request.prompt_logprobs)
+        request.prompt_logprobs_sent = True
+    return TokensEvent(
+        request_id=request.request_id,
+        prompt_logprobs=prompt_logprobs,
+        num_cached_tokens=request.num_cached,
+        num_preemptions=request.epoch,
+        queued_s=request.queued_s,
+        scheduled_s=request.scheduled_s,
+        event_s=time.monotonic(),
+        **news,  # type: ignore[arg-type]  # fields of TokensEvent, named by the callers
+    )
+
+
+def too_large(blocks: BlockManager, num_tokens: int) -> Refusal:
+    """So many tokens need more blocks than there are."""
+    return Refusal(
+        message=f"The request needs {blocks.num_blocks_for(num_tokens)} KV blocks of "
+        f"{blocks.block_size} tokens for its {num_tokens} tokens, the KV cache has "
+        f"{blocks.num_usable}.",
+        param="prompt",
+        code="context_length_exceeded",
+        mend="a shorter prompt or answer, or more memory for the KV cache (--memory-fraction)",
+    )

@@ -1,0 +1,35 @@
+"""Which of a request's blocks are shared by their content.
+
+In: a request and the block manager. Out: the cached blocks that its tokens begin with; its own full
+blocks, entered for others. A block's name is the chained hash of all tokens up to its end, of the
+LoRA and of the salt (see block_manager.root_hash).
+"""
+
+from __future__ import annotations
+
+from tokenry.engine.block_manager import BlockManager, block_hash, root_hash
+from tokenry.engine.request import Request
+
+
+def find_prefix(blocks: BlockManager, request: Request) -> tuple[list[int], list[bytes]]:
+    """Cached blocks and their hashes; none for a request that scores its prompt, for then every
+    token must be computed, as the last token always must.
+    """
+    if request.scores_prompt:
+        return [], []
+    root = root_hash(request.cache_salt, request.lora_name)
+    most = (len(request.tokens) - 1) // blocks.block_size
+    return blocks.find_prefix(root, request.tokens, most)
+
+
+def enter_blocks(blocks: BlockManager, request: Request, num_computed: int) -> None:
+    """Enter the request's full blocks, of which the first num_computed tokens are computed."""
+    size = blocks.block_size
+    hashes = request.block_hashes
+    if not blocks.prefix_caching or num_computed // size <= len(hashes):
+        return
+    parent = hashes[-1] if hashes else root_hash(request.cache_salt, request.lora_name)
+    for i in range(len(hashes), num_computed // size):
+        parent = block_hash(parent, request.tokens[i * size : (i + 1) * size])
+        hashes.append(parent)
+        blocks.enter(request.block_ids[i], parent)
