@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from tokenry.config import EngineConfig
 from tokenry.engine_handle import EngineHandle
 from tokenry.engine_process import DEFAULT_FACTORY
@@ -64,6 +66,7 @@ class AsyncEngine:
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._next_query_id = 0
         self._started = asyncio.Event()
+        self.ended = asyncio.Event()
 
     @classmethod
     async def start(
@@ -134,6 +137,11 @@ class AsyncEngine:
     def pid(self) -> int | None:
         """Process id of the engine."""
         return self._handle.pid
+
+    @property
+    def pulse(self) -> tuple[int, float]:
+        """Heartbeats of the process so far, and how long its step was under way at the last one."""
+        return self._handle.num_beats, self._handle.step_s
 
     @property
     def num_requests(self) -> int:
@@ -310,7 +318,11 @@ class AsyncEngine:
     def _die(self, error: TokenryError) -> None:
         if self.dead is None:
             self.dead = error
+        self.latest_stats = msgspec.structs.replace(
+            self.latest_stats, num_running=0, num_waiting=0, kv_usage=0.0
+        )
         self._started.set()
+        self.ended.set()
         updates = [] if self._processor is None else self._processor.fail_all(error)
         for update in updates:
             queue = self._forget(update.request_id)

@@ -151,22 +151,26 @@ class ServerConfig:
     )
     keep_alive_s: float = _f("seconds of silence after which a stream carries a comment line", 15.0)
     drain_timeout_s: float = _f("seconds that running requests get at shutdown", 30.0)
+    heartbeat_timeout_s: float = _f("seconds of an engine's silence that /readyz tells", 30.0)
+    step_timeout_s: float = _f("seconds of one step (it may compile) that /readyz tells", 600.0)
     strict_params: bool = _f(
         "answer unknown request fields with 400 (otherwise a header names them)", False
     )
     log_level: Literal["debug", "info", "warning", "error"] = _f("how much is logged", "info")
-    log_prompts: bool = _f("tell each request's prompt in its line of the log (off: only ids and counts)", False)
+    log_prompts: bool = _f("each request's prompt in its line of the log, not only counts", False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, it must lie in 0..65535.", mend="--port 8000")
         _at_least(self, 1, "max_body_bytes")
         _at_least(self, 0, "max_waiting", "drain_timeout_s")
-        if not 0 < self.keep_alive_s < math.inf:
-            raise ConfigError(
-                f"keep_alive_s is {self.keep_alive_s}, it must be more than 0 and finite.",
-                mend="--keep-alive-s 15",
-            )
+        for name in ("keep_alive_s", "heartbeat_timeout_s", "step_timeout_s"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(
+                    f"{name} is {value}, it must be more than 0 and finite.",
+                    mend=f"{flag_of(name)} 30",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ import zmq
 import zmq.asyncio
 
 from tokenry.config import EngineConfig
-from tokenry.engine_process import error_of
+from tokenry.engine_process import BEAT, error_of
 from tokenry.errors import ConfigError, EngineDead, TokenryError
 from tokenry.messages import Command, Event, Failed, Ready, Shutdown
 
@@ -34,7 +35,11 @@ _MAX_SOCKET_PATH = 100
 
 
 class EngineHandle:
-    """One engine process. `on_event` gets its events, `on_end` why it ended; not after `end()`."""
+    """One engine process. `on_event` gets its events, `on_end` why it ended; not after `end()`.
+
+    num_beats   heartbeats so far; they begin when the engine is loaded.
+    step_s      what the last one told: seconds that the step under way had taken.
+    """
 
     def __init__(
         self, on_event: Callable[[Event], None], on_end: Callable[[TokenryError], None]
@@ -44,6 +49,9 @@ class EngineHandle:
         self._process: asyncio.subprocess.Process | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._directory: Path | None = None
+        self._pulse: int | None = None
+        self.num_beats = 0
+        self.step_s = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._loaded = False
         self._failure: Failed | None = None
@@ -65,15 +73,22 @@ class EngineHandle:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             raise _no_socket(self._directory, error) from error
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tokenry.engine_process",
-            address,
-            factory,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=sys.stderr.fileno(),  # ours carries the user's text
-        )
+        self._pulse, pulse = os.pipe()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tokenry.engine_process",
+                address,
+                factory,
+                str(pulse),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=sys.stderr.fileno(),  # ours carries the user's text
+                pass_fds=(pulse,),
+            )
+        finally:
+            os.close(pulse)
+        asyncio.get_running_loop().add_reader(self._pulse, self._feel)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(config) + b"\n")
         hearing = asyncio.create_task(self._hear(self._socket))
@@ -84,6 +99,22 @@ class EngineHandle:
         """At once: the queue has no limit, so the future is done when it comes."""
         if self._socket is not None:
             self._socket.send(msgspec.msgpack.encode(list(commands)))
+
+    def _feel(self) -> None:
+        """Take the heartbeats that came; the pipe ends with the process."""
+        assert self._pulse is not None
+        data = os.read(self._pulse, 512 * BEAT.size)
+        if data:
+            self.num_beats += len(data) // BEAT.size
+            (self.step_s,) = BEAT.unpack(data[-BEAT.size :])
+        else:
+            self._close_pulse()
+
+    def _close_pulse(self) -> None:
+        if self._pulse is not None:
+            asyncio.get_running_loop().remove_reader(self._pulse)
+            os.close(self._pulse)
+            self._pulse = None
 
     async def end(self) -> None:
         """End the process, kindly if it listens; a second call does nothing."""
@@ -104,6 +135,7 @@ class EngineHandle:
         if self._socket is not None:
             self._socket.close(linger=0)
             self._socket = None
+        self._close_pulse()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None

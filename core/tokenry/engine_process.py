@@ -2,10 +2,10 @@
 
 In: the engine's config as JSON on stdin, then batches of `Command`s. Out: batches of `Event`s:
 Progress while loading, then Ready or Failed, then the news of each step. Blocks in poll while there
-is nothing to do, so an idle server costs no CPU. Ends with its parent, not by SIGINT or SIGTERM:
-stdin is a pipe that only the parent holds open, and its end is the parent's. Knows no HTTP and no
-text; run as
-`python -m tokenry.engine_process ADDRESS FACTORY`.
+is nothing to do, so an idle server costs no CPU but a heartbeat each second. Ends with its parent,
+not by SIGINT or SIGTERM: stdin is a pipe that only the parent holds open, and its end is the
+parent's. Knows no HTTP and no text; run as
+`python -m tokenry.engine_process ADDRESS FACTORY PULSE`, PULSE being an open pipe for heartbeats.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -56,6 +57,9 @@ from tokenry.messages import (
 
 DEFAULT_FACTORY = "tokenry.assemble:assemble"
 STATS_INTERVAL_S = 1.0
+BEAT_S = 1.0
+BEAT = struct.Struct("<d")
+"""A heartbeat: seconds that the step under way has taken."""
 EXIT_FAILED = 1
 _START_ERRORS: dict[str, type[TokenryError]] = {
     kind.__name__: kind
@@ -134,6 +138,7 @@ class EngineProcess:
         self._encoder = msgspec.msgpack.Encoder()
         self._stats_sent_s = 0.0
         self._stats_due = False
+        self._step_began_s: float | None = None
         self._running = True
 
     def run(self) -> None:
@@ -141,11 +146,24 @@ class EngineProcess:
         while self._running:
             events = self._take_commands()
             if self._running and self._engine.has_work():
+                self._step_began_s = time.monotonic()
                 events += self._engine.step()
+                self._step_began_s = None
                 self._stats_due = True
             events += self._due_stats()
             if events:
                 self._socket.send(self._encoder.encode(events))
+
+    def beat(self, pulse: int) -> None:
+        """Every second, into this pipe: how long the step under way takes, 0 between steps. Runs on
+        a thread of its own, so that a long step is not taken for a process that hangs.
+        """
+        with contextlib.suppress(OSError):  # the parent is gone, and so shall we be
+            while True:
+                began_s = self._step_began_s
+                step_s = 0.0 if began_s is None else time.monotonic() - began_s
+                os.write(pulse, BEAT.pack(step_s))
+                time.sleep(BEAT_S)
 
     def _take_commands(self) -> list[Event]:
         events: list[Event] = []
@@ -235,8 +253,8 @@ def _failed(request_id: str, error: TokenryError) -> TokensEvent:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load the engine that `factory` makes, then serve it at `address`."""
-    address, factory = argv
+    """Load the engine that `factory` makes, then serve it at `address`; heartbeats go to a pipe."""
+    address, factory, pulse = argv
     for number in (signal.SIGINT, signal.SIGTERM):  # often sent to the whole group: the parent's
         signal.signal(number, signal.SIG_IGN)  # to understand, it drains and then ends us
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
@@ -247,13 +265,13 @@ def main(argv: Sequence[str]) -> int:
     socket.set_hwm(0)
     socket.connect(address)
     try:
-        return _load_and_run(config, factory, socket)
+        return _load_and_run(config, factory, socket, int(pulse))
     finally:
         socket.close()
         context.term()
 
 
-def _load_and_run(config: EngineConfig, factory: str, socket: zmq.Socket[bytes]) -> int:
+def _load_and_run(config: EngineConfig, factory: str, socket: zmq.Socket[bytes], pulse: int) -> int:
     def send(event: Event) -> None:
         socket.send(msgspec.msgpack.encode([event]))
 
@@ -264,8 +282,10 @@ def _load_and_run(config: EngineConfig, factory: str, socket: zmq.Socket[bytes])
             config, lambda phase, share: send(Progress(phase=phase, share=share))
         )
         engine = assembled.engine
+        process = EngineProcess(engine, socket)
+        threading.Thread(target=process.beat, args=(pulse,), daemon=True).start()
         send(assembled.ready)
-        EngineProcess(engine, socket).run()
+        process.run()
         return 0
     except Exception as error:  # whatever it is, the parent must learn the cause
         send(failure_of(error))

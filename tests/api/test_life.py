@@ -19,7 +19,7 @@ def gauge(server, name):
 
 
 def until(check):
-    for _ in range(300):
+    for _ in range(1000):
         if check():
             return
         time.sleep(0.02)
@@ -84,6 +84,46 @@ def test_killed_engine_is_told_to_every_waiting_request(start_toy):
     assert ready.status_code == 503
     assert "SIGKILL" in ready.json()["cause"]
     assert server.http.get("/livez").status_code == 200
+    assert gauge(server, "num_requests_running") == 0
+    assert gauge(server, "kv_cache_usage_perc") == 0
+    models = server.http.get("/v1/models")
+    assert (models.status_code, models.json()["error"]["code"]) == (503, "engine_dead")
+    assert server.http.get("/v1/models/demo").status_code == 503
+    told = [line for line in server.end() if "SIGKILL" in line]
+    assert len(told) == 1
+    assert "503 from now on" in told[0]
+
+
+def test_a_silent_engine_is_told_until_it_answers_again(start_toy):
+    server = start_toy({"heartbeat_timeout_s": 1}).wait_ready()
+    engine = engine_pid(server)
+    os.kill(engine, signal.SIGSTOP)
+    until(lambda: server.http.get("/readyz").status_code == 503)
+    state = server.http.get("/readyz").json()
+    assert state["status"] == "stalled"
+    assert f"process {engine}" in state["cause"]
+    assert server.http.get("/livez").status_code == 200
+    os.kill(engine, signal.SIGCONT)
+    until(lambda: server.http.get("/readyz").status_code == 200)
+    assert server.http.post("/v1/completions", json={**BODY, "max_tokens": 3}).status_code == 200
+    text = "".join(server.end())
+    assert text.count("No sign of life") == 1
+    assert text.count("answers again") == 1
+
+
+def test_a_step_without_end_is_told(start_toy):
+    server = start_toy({"step_timeout_s": 1}, TOY_STEP_S="4").wait_ready()
+    answers = []
+    body = {**BODY, "max_tokens": 1}
+    thread = threading.Thread(
+        target=lambda: answers.append(server.http.post("/v1/completions", json=body))
+    )
+    thread.start()
+    until(lambda: server.http.get("/readyz").status_code == 503)
+    assert "one step" in server.http.get("/readyz").json()["cause"]
+    thread.join(20)
+    assert answers[0].status_code == 200
+    until(lambda: server.http.get("/readyz").status_code == 200)
     server.close()
 
 

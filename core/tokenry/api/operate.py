@@ -24,6 +24,7 @@ _STATS_PATIENCE_S = 0.5
 async def models(request: Request) -> Response:
     """The names that requests may use."""
     service = service_of(request)
+    service.check_alive()
     data = [_model(service, name) for name in service.model_names]
     return JSON({"object": "list", "data": data})
 
@@ -31,6 +32,7 @@ async def models(request: Request) -> Response:
 async def model(request: Request) -> Response:
     """One of them; ids may hold slashes."""
     service = service_of(request)
+    service.check_alive()
     return JSON(_model(service, service.check_model(request.path_params["id"])))
 
 
@@ -64,6 +66,8 @@ async def readyz(request: Request) -> Response:
     if not engine.is_ready:
         state = {"status": "loading", "phase": progress.phase, "progress": progress.share}
         return _unready(state)
+    if service.stalled is not None:
+        return _unready({"status": "stalled", "cause": service.stalled})
     return JSON({"status": "ready"})
 
 

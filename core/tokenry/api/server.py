@@ -22,6 +22,7 @@ from tokenry.api.app import make_app
 from tokenry.api.metrics import Metrics
 from tokenry.api.request_log import set_up_logging
 from tokenry.api.service import Service
+from tokenry.api.watch import watch
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig, ServerConfig
 from tokenry.engine_process import DEFAULT_FACTORY
@@ -104,7 +105,9 @@ async def _serve(
         if await _load(engine, stop):
             for line in _welcome(engine.ready, address, name):
                 _say(line)
+            watching = asyncio.create_task(watch(service, _say))
             await stop.wait()
+            watching.cancel()
             await _drain(service, hurry)
         return 0
     finally:

@@ -26,7 +26,7 @@ from tokenry.errors import ModelNotFound, Overloaded, RequestError
 @dataclass(slots=True, kw_only=True)
 class Service:
     """The server's state. `draining` is set once, by the shutdown; `num_active` counts answers
-    under way.
+    under way; `stalled` says why the engine does not serve just now, see server.py.
     """
 
     engine: AsyncEngine
@@ -35,6 +35,7 @@ class Service:
     started_s: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     num_active: int = 0
+    stalled: str | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -52,8 +53,7 @@ class Service:
         """Raises what keeps a request out now: loading, draining, a dead engine, a full queue."""
         if self.draining:
             raise NotReady("The server is shutting down.", mend="send the request again")
-        if self.engine.dead is not None:
-            self.engine.check_health()
+        self.check_alive()
         if not self.engine.is_ready:
             progress = self.engine.progress
             raise NotReady(
@@ -61,6 +61,11 @@ class Service:
                 mend="wait for GET /readyz",
             )
         self.check_room(1, param="n")
+
+    def check_alive(self) -> None:
+        """Raises EngineDead, with the cause, after the engine's end."""
+        if self.engine.dead is not None:
+            self.engine.check_health()
 
     def check_room(self, num_new: int, *, param: str) -> None:
         """Raises Overloaded if so many completions more are too many now, RequestError if always.
