@@ -20,7 +20,9 @@ def refusal(call):
         return [type(error).__name__, str(error)]
     return None
 """
-GRAPH = REFUSAL + """
+GRAPH = (
+    REFUSAL
+    + """
 from simdevice.graph import Graph
 
 name = device.name
@@ -98,7 +100,10 @@ with graph.capture():
     found["nested"] = refusal(Graph().begin)
 simdevice.report(found)
 """
-HPU = REFUSAL + """
+)
+HPU = (
+    REFUSAL
+    + """
 import habana_frameworks.torch as ht
 from habana_frameworks.torch.hpu.metrics import metric_localcontext
 
@@ -192,6 +197,7 @@ device.relax()
 found["relaxed"] = refusal(lambda: work(7))
 simdevice.report(found)
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -137,9 +137,9 @@ def moe(low, high, **options):
         hidden_states=a.to("hpu"), expert_routing_table=ids.to("hpu"),
         router_weights=gates.to("hpu"), w12=[t.to("hpu") for t in w12[low:high + 1]],
         w3=[t.to("hpu") for t in w3[low:high + 1]], permuted_weights=True, activation="silu",
-        experts_min=low, experts_max=options.get("high", high))
+        experts_min=low, experts_max=options.get("last", high))
 found["moe"] = [close(moe(0, 3), experts(0, 3), 1e-4), close(moe(1, 2), experts(1, 2), 1e-4)]
-found["moe_refused"] = refusal(lambda: moe(0, 2, high=3))
+found["moe_refused"] = refusal(lambda: moe(0, 2, last=3))
 
 # flat paged attention by blocks gives the same as attention over the whole
 keys = torch.randn(2, 3, 4, 8)
