@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 from tokenry.backend.base import SampleInputs, StepBatch
 from tokenry.backend.contract import Bucket, HostBatch
@@ -186,3 +187,39 @@ def test_a_draw_at_the_end_of_the_range_is_a_token_with_mass():
     logits = torch.tensor([[0.0, 0.0, -200.0, -200.0]])
     last = inputs(1, uniform=1 - 2**-24)
     assert draw(logits, last.temperature, last.uniform).tolist() == [1]
+
+
+def test_a_compiler_sees_the_kv_written_in_place_and_no_sort():
+    """The graph after torch's own passes, which is what a vendor's compiler is given: the caches
+    are inputs that are copied into, by no way round through a view.
+    """
+    host = host_batch([(5, 1), (2, 1)], Q=1, width=3, phase="decode")
+    batch = step_batch(host, signed_inputs(host, BLOCK_SIZE))
+    k, v = torch.zeros(2, BLOCKS * BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    layer = KVLayer(k=k, v=v, block_size=BLOCK_SIZE)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    def step(q, k, v, logits, rules):
+        out = PagedAttention()(q, k, v, layer, batch, scale=1.0)
+        return out, draw_filtered(logits, *rules)
+
+    q, k = torch.ones(2, 4, HEAD_DIM), torch.ones(2, KV_HEADS, HEAD_DIM)
+    rules = [torch.ones(2), torch.zeros(2), torch.ones(2, dtype=torch.int32), *torch.ones(2, 2)]
+    backend = aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True)
+    with torch.inference_mode():
+        torch.compile(step, backend=backend, fullgraph=True, dynamic=False)(
+            q, k, k, torch.ones(2, 9), rules
+        )
+    (graph,) = graphs
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    written = [node.args[0] for node in calls if node.target is torch.ops.aten.copy_.default]
+    assert [node.op for node in written] == ["placeholder", "placeholder"]
+    names = {str(node.target) for node in calls}
+    assert "aten.index_copy.default" in names
+    assert not {n for n in names if "sort" in n or "nonzero" in n or "as_strided" in n}
+    assert not {n for n in names if "scatter" in n}
+    assert layer.k.any()

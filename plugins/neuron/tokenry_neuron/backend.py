@@ -7,7 +7,6 @@ is read back, so that a machine without it can fill the cache for one that has i
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ from tokenry_neuron.cache import ProgramCache, digest
 from tokenry_neuron.ops import KVLayer, neuron_ops, signed_inputs
 from tokenry_neuron.options import NeuronOptions
 from tokenry_neuron.programs import ProgramMaker
-
-log = logging.getLogger(__name__)
 
 
 class NeuronBackend(Backend):
@@ -70,7 +67,6 @@ class NeuronBackend(Backend):
             variables["TORCH_NEURONX_COMPILE_ONLY"] = "1"
             variables["NEURON_PLATFORM_TARGET_OVERRIDE"] = options.target
         held = vendor.connect(variables)
-        log.info("neuron: %s", ", ".join(f"{k}={v}" for k, v in held.items()))
         self._check_total()
         cache = ProgramCache(cache_dir, Path(held["TORCH_NEURONX_NEFF_CACHE_DIR"]))
         self.programs = ProgramMaker(

@@ -8,8 +8,7 @@ dtype and products run in it; norms, softmax and the sampler compute in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +31,7 @@ ONE_BITS = 0x3F800000
 """float32 1.0; as integers, floats from 0 to 1 keep their order."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KVLayer:
+class KVLayer(NamedTuple):
     """Keys and values of a layer, [num_blocks * block_size, KH, D] each: written by index into the
     tensor itself, for a write through a view costs the in-place update (measured on XLA).
     """

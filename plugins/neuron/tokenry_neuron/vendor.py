@@ -10,6 +10,7 @@ plugin and its design notes. Nothing here has met the vendor's package: see READ
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from torch import Tensor
 from tokenry.errors import BackendError
 from tokenry_neuron import INSTALL, PACKAGE
 
+log = logging.getLogger(__name__)
 DEVICE = COMPILER = "neuron"
 SYMBOLS: Mapping[str, str] = {
     "torch.neuron.synchronize": "(device=None) -> None; module",
@@ -44,8 +46,10 @@ def connect(variables: Mapping[str, str]) -> dict[str, str]:
     """Load the package with these variables, the user's own values going first; gives the values
     that hold. Raises BackendError where it is missing or is not the native backend.
     """
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    if new:
+        os.environ.update(new)
+        log.warning("set for torch-neuronx: %s", " ".join(f"{k}={v}" for k, v in new.items()))
     try:
         importlib.import_module(PACKAGE)
     except ImportError as error:
