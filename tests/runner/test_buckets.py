@@ -369,3 +369,19 @@ def test_a_file_for_another_device_is_refused(make_runner):
     other = BucketSettings(buckets=(Bucket("mixed", 4, 64, 0),))
     with pytest.raises(ConfigError, match="of no kind that this device has"):
         make_runner("sim-hpu", buckets=other)
+
+
+def test_a_decode_step_in_several_launches_draws_the_same_tokens(make_runner):
+    """Also while the host does not know the last tokens yet: they are taken from all launches."""
+
+    def tokens(total_blocks):
+        runner = make_runner("sim-hpu", buckets=BucketSettings(max_programs=6))
+        runner._extent = dataclasses.replace(runner._extent, total_blocks=total_blocks)
+        driver = Driver(runner)
+        for i, name in enumerate("abcd"):
+            driver.add(name, range(2 + i, 10 + 7 * i))
+            driver.run({name: driver.known[name]})
+        waits = [driver.launch(dict.fromkeys("abcd", 1)) for _ in range(4)]
+        return [[(row.request_id, row.token_ids) for row in wait().rows] for wait in waits]
+
+    assert tokens(4) == tokens(40)
