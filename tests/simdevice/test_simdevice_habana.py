@@ -166,7 +166,8 @@ found["uint4"] = close(
     (nibbles - zeros.repeat_interleave(2, 0)) * scales.repeat_interleave(2, 0))
 
 fused = torch.compile(
-    lambda x, w, q, k, v: (FusedRMSNorm.apply(x, w, 1e-5), FusedSDPA.apply(q, k, v, None, 0.0, True)),
+    lambda x, w, q, k, v: (
+        FusedRMSNorm.apply(x, w, 1e-5), FusedSDPA.apply(q, k, v, None, 0.0, True)),
     backend="hpu_backend", fullgraph=True, dynamic=False)
 with torch.inference_mode():
     normed, attended = fused(dx, dw, dq, dk, dv)

@@ -80,7 +80,7 @@ simdevice.install("acme")
 
 
 def test_a_script_that_fails_is_an_assertion_with_its_output():
-    with pytest.raises(AssertionError, match="(?s)ended with 1.*seen.*ZeroDivisionError"):
+    with pytest.raises(AssertionError, match=r"(?s)ended with 1.*seen.*ZeroDivisionError"):
         run_on_device("acme", "print('seen'); 1 / 0")
     run = run_on_device("acme", "import sys; print(sys.argv[1]); sys.exit(3)", check=False,
                         args=["given"])  # fmt: skip

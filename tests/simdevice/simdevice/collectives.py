@@ -7,6 +7,7 @@ device and host. The library hands collectives on device memory to the group's C
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 from torch import distributed
 
@@ -18,7 +19,5 @@ def register_backend(name: str, device_type: str) -> None:
     distributed.Backend.register_backend(name, _gloo, devices=[device_type, "cpu"])
 
 
-def _gloo(
-    store: distributed.Store, rank: int, size: int, timeout: timedelta
-) -> distributed.ProcessGroup:
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> distributed.ProcessGroupGloo:
     return distributed.ProcessGroupGloo(store, rank, size, timeout)

@@ -19,7 +19,7 @@ def functions(device: Device, *, title: str) -> dict[str, object]:
 
 
 def _presence(device: Device, title: str) -> dict[str, object]:
-    def set_device(ordinal: object) -> None:
+    def set_device(ordinal: int | str | torch.device) -> None:
         """There is one device. Raises RuntimeError for another ordinal."""
         where = torch.device(device.name, ordinal) if isinstance(ordinal, int) else ordinal
         torch.empty(0, device=where)

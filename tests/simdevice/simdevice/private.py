@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 import torch
+from torch.utils import backend_registration
 
 from simdevice.device import Device, attach
 
@@ -18,7 +19,7 @@ from simdevice.device import Device, attach
 def attach_private(name: str) -> Device:
     """The device of this process under `name`; torch knows the name afterwards."""
     if torch._C._get_privateuse1_backend_name() != name:
-        torch.utils.rename_privateuse1_backend(name)
+        backend_registration.rename_privateuse1_backend(name)
     return attach(name)
 
 
@@ -29,7 +30,7 @@ def serve(name: str, functions: Mapping[str, object]) -> ModuleType:
         return served
     module = ModuleType(f"torch.{name}", f"The simulated device {name}.")
     vars(module).update(functions)
-    torch._register_device_module(name, module)
+    torch._register_device_module(name, module)  # type: ignore[no-untyped-call]  # torch's own
     sys.modules[f"torch.{name}"] = module
-    torch.utils.generate_methods_for_privateuse1_backend()
+    backend_registration.generate_methods_for_privateuse1_backend()
     return module
