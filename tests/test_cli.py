@@ -100,3 +100,15 @@ def test_chat_streams_from_a_server(tmp_path):
     done = run("chat", "--url", f"http://127.0.0.1:{server.server_port}", input="hello\n")
     server.shutdown()
     assert (done.returncode, done.stdout) == (0, "Once upon\n")
+
+
+def test_compile_makes_the_programs_of_a_device(capsys):
+    flags = ["--max-num-seqs=1", "--max-num-batched-tokens=32", "--max-model-len=32"]
+    assert main(["compile", "demo", "--backend=sim-neuron", "--dtype=float32", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "programs of LlamaForCausalLM (float32) for sim-neuron" in said
+
+
+def test_compile_refuses_a_backend_that_keeps_no_programs(capsys):
+    assert main(["compile", "demo", "--backend=cpu"]) == 2
+    assert "does not compile ahead of time" in capsys.readouterr().err

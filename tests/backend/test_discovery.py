@@ -222,3 +222,16 @@ def test_simulators_are_opened_by_name_and_never_chosen(install, empty_root):
 
 def ref(name):
     return DeviceRef(backend=name, index=0, name="a device", score=10)
+
+
+def test_a_device_that_is_not_here_can_be_compiled_for(install):
+    install("gone", score=0, why="not plugged in")
+    probes = discovery.discover("gone")
+    with pytest.raises(NoBackend, match="not plugged in"):
+        discovery.choose(probes, "gone")
+    device = discovery.choose(probes, "gone", index=1, compile_only=True)
+    assert device == DeviceRef(
+        backend="gone", index=1, name="no device", score=0, why="for compiling only"
+    )
+    with pytest.raises(NoBackend):
+        discovery.choose(probes, None, compile_only=True)
