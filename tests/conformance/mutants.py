@@ -404,6 +404,15 @@ class RaggedInputs(Captured):
 # ---- programs ------------------------------------------------------------------------------------
 
 
+class Compiled(Device):
+    """Breaks nothing: torch's compiler changes torch when it is first used, not this backend."""
+
+    def build_model(self, spec, weights, ops):
+        step = super().build_model(spec, weights, ops)
+        bias = torch.compile(lambda x: x * 1.0, backend="eager")
+        return lambda batch, kv: bias(step(batch, kv))
+
+
 class StaleTable(Captured):
     """The block table was captured at its address; a new one is not copied there."""
 
@@ -561,6 +570,7 @@ MUTANTS = {
     "device": Device,
     "plain-attention": with_op("attention", Plain),
     "captured": Captured,
+    "compiled": Compiled,
     "blind-at-block-edge": with_op("attention", BlindAtBlockEdge),
     "looks-ahead": with_op("attention", LooksAhead),
     "forgets-cache": with_op("attention", ForgetsCache),

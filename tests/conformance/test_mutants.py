@@ -95,6 +95,11 @@ def test_nan_that_leaks_is_told_but_does_not_fail(installed):
     assert report.conforms
 
 
+def test_what_the_compiler_of_torch_changes_is_not_the_backends_doing(installed):
+    report = conform("compiled", only=["C01.patch"])
+    assert [(r.status, r.failures) for r in report.results] == [("passed", ())]
+
+
 @pytest.mark.parametrize("parent", PARENTS)
 def test_the_parents_of_the_mutants_break_no_rule(installed, parent):
     ids = {check for check, _ in CAUGHT.values()} - {"C01.patch", "C17.end_to_end"}
@@ -105,7 +110,7 @@ def test_the_parents_of_the_mutants_break_no_rule(installed, parent):
 
 
 def test_every_mutant_is_asked_for(installed):
-    assert set(installed) == {*CAUGHT, *PARENTS, "multiplies-nan"}
+    assert set(installed) == {*CAUGHT, *PARENTS, "multiplies-nan", "compiled"}
 
 
 def test_every_rule_has_a_mutant():

@@ -89,10 +89,12 @@ def ran(given: dict[str, Any]) -> dict[str, Any]:
     from tokenry.conformance.scenes import Work
     from tokenry.conformance.stepping import Stepper, texts_of
 
-    if given.get("compiler"):
-        import torch._dynamo
+    if given.get("compiler"):  # torch's compiler changes torch itself when it is first used
+        torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
     heard = Heard()
     logging.getLogger().addHandler(heard)
+    logging.getLogger().setLevel(logging.INFO)
+    logging.captureWarnings(True)
     before, switches = namespace(), switches_of(torch)
     environment, argv = dict(os.environ), list(sys.argv)
     kit = Kit(given["backend"], options=given["options"], directory=Path(given["scratch"]), steps=0)
