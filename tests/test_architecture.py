@@ -119,4 +119,5 @@ def test_the_environment_is_read_in_one_place():
 
 @pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda p: str(p.relative_to(CORE)))
 def test_files_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 500
+    """The guide's 400 lines, without exception: what grows beyond is two things."""
+    assert len(path.read_text().splitlines()) <= 400

@@ -2,12 +2,11 @@
 after the other.
 
 In: StepPlan. Out: a function that waits for the StepResult. Owns device tensors, KV storage,
-programs and each
-request's host state. Knows nothing of queues, text or HTTP.
+programs and each request's host state. Knows nothing of queues, text or HTTP.
 
 Two threads meet here: steps are run on one, their results are waited for on another (the engine's).
-What a result
-teaches goes through a queue that the next `run` empties, so request state has one writer.
+What a result teaches goes through a queue that the next `run` empties, so request state has one
+writer.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from tokenry.backend.base import Backend, ModelSpec, StepBatch, WeightIter
 from tokenry.backend.contract import Bucket, HostBatch, KVSpec
 from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, Refusal, RequestError
-from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest, Row, StepPlan, StepResult
 from tokenry.runner.bucket_grid import deviations, make_buckets, maxima
 from tokenry.runner.buckets import BucketSettings, BucketTable, exact, need_of
@@ -35,20 +32,12 @@ from tokenry.runner.probe import run_deep_steps
 from tokenry.runner.programs import Programs
 from tokenry.runner.requests import RequestState
 from tokenry.runner.results import Outcome, PartialStep
-from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler, score
+from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler
 from tokenry.runner.shapes import Extent, Launch, Share, split
 from tokenry.runner.step_log import StepLog
+from tokenry.runner.trial import try_draws
 
 Progress = Callable[[str, float], None]
-
-WAYS_TO_DRAW = (
-    SamplingParams(temperature=0),
-    SamplingParams(),
-    SamplingParams(top_k=40, top_p=0.95, min_p=0.01),
-)
-"""What a batch of draws can ask of the `sample` op; the last needs the most memory."""
-MOST_LOGPROBS = 20
-"""Alternatives that a scored step is tried with."""
 
 
 class ModelShape(ModelSpec, Protocol):
@@ -235,18 +224,7 @@ class ModelRunner:
         return to_device(host, self._backend)[0]
 
     def _execute(self, logits: Tensor, batch: StepBatch) -> None:
-        """The sampler on a step's logits, in every way that it can be asked, and the copy to the
-        host: what a real step does.
-        """
-        if batch.bucket.logits == "all":
-            scores = score(logits, batch.token_ids, MOST_LOGPROBS)
-            self._backend.fetch(scores.tensors)()
-            logits = logits[:1]  # the one row that a scored launch draws from
-        history = np.zeros(1, np.int32)
-        for params in WAYS_TO_DRAW:
-            draw = Draw(params=params, seed=0, position=1, num_prompt=1, history=history)
-            sampled = self._sampler(logits, [draw] * len(logits))
-            self._backend.fetch([sampled.token_ids, sampled.broken])()
+        try_draws(self._sampler, self._backend, logits, batch)
 
     # ---- a step ------------------------------------------------------------------------------
 
