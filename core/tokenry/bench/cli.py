@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 
 from tokenry.config import EngineConfig
 from tokenry.config import add_arguments as add_config
+from tokenry.errors import ConfigError
 
 KINDS = {
     "throughput": "many random prompts at once, in this process: tokens per second",
@@ -18,12 +20,23 @@ KINDS = {
 }
 
 
+LEAST = {
+    **dict.fromkeys(("input_len", "output_len", "num_prompts", "batch_size", "rounds"), 1),
+    **dict.fromkeys(("step", "start", "max_concurrency"), 1),
+    "request_rate": 0,
+    "burstiness": 0.001,
+}
+"""Smallest value of each flag that a number is."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A sub-command per benchmark."""
     commands = parser.add_subparsers(dest="bench", metavar="|".join(KINDS), required=True)
     for name, text in KINDS.items():
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("model", nargs="?", default="demo", help="model (default: demo)")
+        running = name in ("serve", "ramp")
+        first = "default: the server's first" if running else "default: demo"
+        sub.add_argument("model", nargs="?", default=None if running else "demo", help=first)
         sub.add_argument("--json", help="file for the figures")
         if name == "ramp":
             _ramp_arguments(sub)
@@ -55,17 +68,28 @@ def _serve_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _ramp_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--url", help="a running server; without it one is started for MODEL")
+    sub.add_argument(
+        "--url", help="a running server; without it one is started for MODEL (default: demo)"
+    )
     sub.add_argument("--step", type=int, default=128, help="tokens added each time (default: 128)")
     sub.add_argument("--start", type=int, default=128, help="tokens of the first prompt")
     sub.add_argument("--output-len", type=int, default=32, help="tokens drawn each time")
-    sub.add_argument("--csv", default="ramp.csv", help="table as CSV (default: ramp.csv)")
-    sub.add_argument("--plot", default="ramp.png", help="plot, '' for none (default: ramp.png)")
+    sub.add_argument("--csv", help="file for the table")
+    sub.add_argument("--plot", help="file for the plot, as ramp.png")
     sub.add_argument("--api-key", default="", help="bearer token")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the chosen benchmark; 0 if it measured what it should."""
+    """Run the chosen benchmark; 0 if it measured what it should. Raises ConfigError for a count
+    that measures nothing.
+    """
+    for name, least in LEAST.items():
+        value = getattr(args, name, least)
+        if not least <= value < math.inf:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} is {value:g}, it must be at least {least:g}.", mend=f"{flag} N"
+            )
     home = {"throughput": "offline", "latency": "offline", "serve": "serve", "ramp": "ramp"}
     module = importlib.import_module(f"tokenry.bench.{home[args.bench]}")
     from tokenry.bench.outputs import Outputs

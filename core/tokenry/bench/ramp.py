@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx2
 
@@ -54,11 +55,11 @@ def ramp(args: argparse.Namespace, outputs: Outputs) -> int:
     print(f"ended by: {end}")
     print("the server lives on" if alive else "the server does not answer any more")
     outputs.csv([HEADER, *(rung.cells for rung in rungs)])
-    print(f"wrote {args.csv}")
     if kind is not None:
         outputs.plot(picture(rungs, kind))
-        print(f"wrote {args.plot}")
     outputs.json({"rungs": [rung.cells for rung in rungs], "ended_by": end})
+    for path in filter(None, (args.csv, args.plot, args.json)):
+        print(f"wrote {Path(path).resolve()}")
     return 0 if "context_length_exceeded" in end and alive else 1
 
 
@@ -93,7 +94,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "tokenry", "serve", args.model, "--port", str(port)]
+    command = [sys.executable, "-m", "tokenry", "serve", args.model or "demo", "--port", str(port)]
     process = subprocess.Popen(command, stdout=2)  # the table alone goes to stdout
     url = f"http://127.0.0.1:{port}"
     try:
@@ -115,21 +116,23 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise ConfigError(f"The server ended with status {process.returncode} before it was ready.")
 
 
-def _picture_kind(path: str) -> str | None:
+def _picture_kind(path: str | None) -> str | None:
     """As in "ramp.png"; None for no picture. Raises ConfigError if it cannot be drawn."""
     if not path:
         return None
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        print('no plot: pip install "tokenry[bench]"', file=sys.stderr)
-        return None
+    except ImportError as error:
+        raise ConfigError(
+            f"--plot {path}: matplotlib, which draws it, is not installed.",
+            mend='pip install "tokenry[bench]", or no --plot',
+        ) from error
     kind = path.rpartition(".")[2].lower()
     known = FigureCanvasAgg.get_supported_filetypes()
     if kind not in known:
         raise ConfigError(
             f"--plot {path}: no picture of this kind can be drawn.",
-            mend=f"a name that ends in one of {', '.join(sorted(known))}, or --plot ''",
+            mend=f"a name that ends in one of {', '.join(sorted(known))}, or no --plot",
         )
     return kind
 

@@ -23,7 +23,7 @@ TOKEN_IDS = (10, 1000)
 def serve(args: argparse.Namespace, outputs: Outputs) -> int:
     """Send the load, print the table; 1 if any request failed."""
     begin = time.perf_counter()
-    timelines = asyncio.run(_load(args))
+    model, timelines = asyncio.run(_load(args))
     seconds = time.perf_counter() - begin
     done = [t for t in timelines if t.error is None]
     drawn = sum(len(t.token_s) for t in done)
@@ -41,7 +41,7 @@ def serve(args: argparse.Namespace, outputs: Outputs) -> int:
     print(latency_table(spreads))
     for error in sorted({t.error for t in timelines if t.error}):
         print(f"failed: {error}", file=sys.stderr)
-    outputs.json({"model": args.model, "url": args.url, **figures, **spreads})
+    outputs.json({"model": model, "url": args.url, **figures, **spreads})
     return int(len(done) != len(timelines))
 
 
@@ -58,7 +58,7 @@ def arrivals(count: int, rate: float, burstiness: float, rng: random.Random) -> 
     return times
 
 
-async def _load(args: argparse.Namespace) -> list[Timeline]:
+async def _load(args: argparse.Namespace) -> tuple[str, list[Timeline]]:
     rng = random.Random(0)
     gate = asyncio.Semaphore(args.max_concurrency)
     bar = tqdm(total=args.num_prompts, unit="req", disable=not sys.stderr.isatty())
@@ -81,18 +81,30 @@ async def _load(args: argparse.Namespace) -> list[Timeline]:
         pairs = zip(times, prompts, strict=True)
         timelines = await asyncio.gather(*(one(at, prompt) for at, prompt in pairs))
     bar.close()
-    return list(timelines)
+    return model, list(timelines)
 
 
-async def served_model(client: httpx2.AsyncClient, wanted: str) -> str:
-    """The name to ask for: wanted if it is served, else the first."""
+async def served_model(client: httpx2.AsyncClient, wanted: str | None) -> str:
+    """The name to ask for: the first, unless one is wanted. Raises ConfigError if it is not
+    served, nobody answers or the key is wrong.
+    """
     try:
         answer = await client.get("/v1/models")
+        if answer.status_code in (401, 403):
+            raise ConfigError(
+                f"{client.base_url} refuses the API key (status {answer.status_code}).",
+                mend="--api-key KEY, as the server was started with",
+            )
         answer.raise_for_status()
     except httpx2.HTTPError as error:
         raise ConfigError(
             f"{client.base_url} does not serve models: {error}.",
             mend="start one with `tokenry serve`, or --url http://HOST:PORT",
         ) from error
-    names = [model["id"] for model in answer.json()["data"]]
-    return wanted if wanted in names else str(names[0])
+    names = [str(model["id"]) for model in answer.json()["data"]]
+    if wanted is not None and wanted not in names:
+        raise ConfigError(
+            f"{client.base_url} does not serve {wanted!r}; it serves {', '.join(names)}.",
+            mend=f"{names[0]} as MODEL, or none",
+        )
+    return names[0] if wanted is None else wanted
