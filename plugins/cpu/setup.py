@@ -19,7 +19,9 @@ COMMON = [
     "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi",
 ]  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-SOURCES: dict[str, list[str]] = {"csrc/api.cpp": [], "csrc/pool.cpp": [], "csrc/isa_plain.cpp": []}
+SOURCES: dict[str, list[str]] = {
+    f"csrc/{name}.cpp": [] for name in ("api", "pool", "program", "isa_plain")
+}
 if platform.machine().lower() in {"x86_64", "amd64"}:
     SOURCES |= {
         "csrc/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

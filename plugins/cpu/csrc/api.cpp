@@ -12,10 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "ops.h"
 #include "pool.h"
-
-#define API extern "C" __attribute__((visibility("default")))
 
 namespace tokenry {
 namespace {

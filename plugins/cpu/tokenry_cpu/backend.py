@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenry.backend.base import KV, Backend, Op
+from tokenry.backend.base import KV, Backend, ModelSpec, Op, StepFn, WeightIter
 from tokenry.backend.contract import Caps, HostBatch, KVPlan, KVSpec, MemoryInfo
+from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, DeviceOOM
 from tokenry_cpu import native, native_ops, torch_ops
 from tokenry_cpu.memory import cpu_quota, read_memory, read_peak, reset_peak
+from tokenry_cpu.program import recorded
 
 log = logging.getLogger("tokenry.cpu")
 NOT_BUILT = (
@@ -134,6 +136,11 @@ class CpuBackend(Backend):
         """Kernels whose rows do not depend on the batch."""
         ops: Mapping[str, Op] = self._kernels.ops()
         return ops
+
+    def build_model(self, spec: ModelSpec, weights: WeightIter, ops: OpTable) -> StepFn:
+        """The core's model; with the native kernels its steps become one call each."""
+        step = super().build_model(spec, weights, ops)
+        return recorded(step) if self._kernels is native_ops else step
 
 
 def pick_kernels(options: CpuOptions) -> ModuleType:

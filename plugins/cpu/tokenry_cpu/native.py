@@ -8,12 +8,14 @@ version of both; ctypes releases the interpreter's lock while it runs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import weakref
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +50,44 @@ class AttentionCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class Listener(Protocol):
+    """Who wants to know which kernels run on which tensors (`program.Recorder`)."""
+
+    def linear(self, weight: Weight, x: Tensor, y: Tensor) -> None:
+        """After `Weight.__call__`."""
+
+    def rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, y: Tensor,
+        total: Tensor | None,
+    ) -> None:  # fmt: skip
+        """After `rms_norm`."""
+
+    def rope(self, q: Tensor, k: Tensor, table: Tensor, out: Sequence[Tensor]) -> None:
+        """After `rope`."""
+
+    def act_mul(self, x: Tensor, kind: int, y: Tensor) -> None:
+        """After `act_mul`."""
+
+
+_listener: Listener | None = None
+
+
+def listener() -> Any:
+    """Whom `told` named."""
+    return _listener
+
+
+@contextlib.contextmanager
+def told(who: Listener) -> Iterator[None]:
+    """Inside, `who` is told of every kernel that runs."""
+    global _listener  # noqa: PLW0603 - set while one small step is recorded, at the start
+    _listener = who
+    try:
+        yield
+    finally:
+        _listener = None
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library with its functions' types. Raises OSError where it was not built."""
@@ -66,6 +106,7 @@ def library() -> ctypes.CDLL:
         ("tk_rms_norm", None, (p, i, i, p, p, c_float, i, i, p, p)),
         ("tk_rope", None, (p, i, i, p, i, i, i, i, p, p, i, p, p)),
         ("tk_act_mul", None, (p, i, i, c_int32, p)),
+        ("tk_run", None, (p, p)),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, args
@@ -126,6 +167,8 @@ class Weight:
         library().tk_linear(
             self.handle, x.data_ptr(), x.stride(0), rows, y.data_ptr(), self.out_features
         )
+        if _listener is not None:
+            _listener.linear(self, x, y)
         return y
 
 
@@ -150,6 +193,8 @@ def rms_norm(
         y.data_ptr(),
         None if total is None else total.data_ptr(),
     )
+    if _listener is not None:
+        _listener.rms_norm(x, residual, weight, eps, y, total)
     return y, total
 
 
@@ -173,6 +218,8 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor
         q_out.data_ptr(),
         k_out.data_ptr(),
     )
+    if _listener is not None:
+        _listener.rope(q, k, table, (q_out, k_out))
     return q_out, k_out
 
 
@@ -181,9 +228,16 @@ def act_mul(x: Tensor, kind: str) -> Tensor:
     rows, size = x.shape[0], x.shape[1] // 2
     y = torch.empty((rows, size))
     library().tk_act_mul(x.data_ptr(), rows, size, ACTIVATIONS[kind], y.data_ptr())
+    if _listener is not None:
+        _listener.act_mul(x, ACTIVATIONS[kind], y)
     return y
 
 
 def attention(call: Any) -> None:
     """Run an AttentionCall."""
     library().tk_attention(ctypes.byref(call))
+
+
+def run(program: Any, step: Any) -> None:
+    """Run a program.ProgramCall on a program.StepCall."""
+    library().tk_run(ctypes.byref(program), ctypes.byref(step))

@@ -168,6 +168,9 @@ class Attention(ReferenceOp):
             native.KV_FORMATS[kv_layer.dtype],
         )
         native.attention(call)
+        if (listener := native.listener()) is not None:
+            rule = {"scale": scale, "softcap": softcap or 0.0, "window": window or 0}
+            listener.attention(*rows, kv_layer, out, **rule)
         return out if q.dtype == torch.float32 else out.to(q.dtype)
 
 

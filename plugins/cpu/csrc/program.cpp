@@ -1,0 +1,106 @@
+#include "program.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "ops.h"
+#include "pool.h"
+
+namespace tokenry {
+namespace {
+
+constexpr int64_t kSmall = 16384;  // values that one thread works through at a time
+
+struct Run {
+  const Program& program;
+  const Step& step;
+
+  float* at(const Operand& o) const {
+    const Buffer& b = program.buffers[o.buffer];
+    return (b.place < 0 ? step.out : step.arena + b.place * step.share) + o.offset;
+  }
+  int64_t width(const Operand& o) const { return program.buffers[o.buffer].width; }
+
+  // Applies f(row) to all rows, some at a time on each thread.
+  template <class Body>
+  void rows(int64_t count, int64_t width, Body&& body) const {
+    const int64_t chunk = 1 + kSmall / (width + 1);
+    parallel((count + chunk - 1) / chunk, [&](int64_t c) {
+      for (int64_t r = c * chunk; r < count && r < (c + 1) * chunk; r++) body(r);
+    });
+  }
+
+  template <class F>
+  void map(const Instruction& i, int64_t count, F&& f) const {
+    const int64_t n = width(i.out[0]), stride = width(i.in[0]);
+    const float* x = at(i.in[0]);
+    float* y = at(i.out[0]);
+    rows(count, n, [&](int64_t r) {
+      for (int64_t d = 0; d < n; d++) y[r * n + d] = f(x[r * stride + d], r, d);
+    });
+  }
+
+  void run(const Instruction& i) const {
+    const int64_t count = i.rows ? step.rows : step.tokens;
+    switch (i.op) {
+      case kEmbed: {
+        const int32_t* ids = i.n1 ? step.positions : step.token_ids;
+        float* y = at(i.out[0]);
+        rows(count, i.n0, [&](int64_t r) {
+          memcpy(y + r * i.n0, i.vector + int64_t(ids[r]) * i.n0, i.n0 * 4);
+        });
+        return;
+      }
+      case kAdd: {
+        const float* other = at(i.in[1]);
+        const int64_t stride = width(i.in[1]);
+        return map(i, count, [&](float x, int64_t r, int64_t d) { return x + other[r * stride + d]; });
+      }
+      case kMul:
+        return map(i, count, [&](float x, int64_t, int64_t) { return x * i.scalar; });
+      case kDiv:
+        return map(i, count, [&](float x, int64_t, int64_t) { return x / i.scalar; });
+      case kTanh:
+        return map(i, count, [&](float x, int64_t, int64_t) { return std::tanh(x); });
+      case kGather: {
+        const int64_t n = width(i.out[0]), stride = width(i.in[0]);
+        const float* x = at(i.in[0]);
+        float* y = at(i.out[0]);
+        return rows(count, n, [&](int64_t r) {
+          memcpy(y + r * n, x + step.logit_rows[r] * stride, n * 4);
+        });
+      }
+      case kLinear:
+        return tk_linear(i.weight, at(i.in[0]), width(i.in[0]), count, at(i.out[0]),
+                         width(i.out[0]));
+      case kRmsNorm:
+        return tk_rms_norm(at(i.in[0]), width(i.in[0]), i.n1,
+                           i.in[1].buffer < 0 ? nullptr : at(i.in[1]), i.vector, i.scalar,
+                           count * i.n1, i.n0, at(i.out[0]),
+                           i.out[1].buffer < 0 ? nullptr : at(i.out[1]));
+      case kRope:
+        return tk_rope(at(i.in[0]), width(i.in[0]), i.n0, at(i.in[1]), width(i.in[1]), i.n1, count,
+                       i.n2, step.positions, i.vector, i.n3, at(i.out[0]), at(i.out[1]));
+      case kActMul:
+        return tk_act_mul(at(i.in[0]), count, i.n0, int32_t(i.n1), at(i.out[0]));
+      default: {
+        const Attention call{
+            at(i.in[0]),      at(i.in[1]),    at(i.in[2]),     width(i.in[0]), width(i.in[1]),
+            width(i.in[2]),   step.kv[i.n3],  at(i.out[0]),    step.q_start,   step.q_lens,
+            step.seq_lens,    step.block_table, step.slots,    step.tokens,    step.requests,
+            step.table_width, i.n0,           i.n1,            i.n2,           step.block_size,
+            i.scalar,         i.scalar1,      i.n4,            step.kv_format,
+        };
+        return tk_attention(&call);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace tokenry
+
+API void tk_run(const tokenry::Program* program, const tokenry::Step* step) {
+  const tokenry::Run run{*program, *step};
+  for (int64_t i = 0; i < program->count; i++) run.run(program->instructions[i]);
+}
