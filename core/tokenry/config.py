@@ -1,10 +1,10 @@
 """Frozen configuration, and the only reader of the environment.
 
 In: flags, a YAML file, TOKENRY_* variables (in this order of precedence), or keyword arguments.
-Out: `EngineConfig` and `ServerConfig`, whole at birth; a wrong name or value is a `ConfigError` that
-names it. Each field's help text is its metadata, so the command line, the file, the environment and
-the reference page are one list. Nobody changes a config after `assemble`: what a device needs
-otherwise is a `Change`, applied once and printed.
+Out: `EngineConfig` and `ServerConfig`, whole at birth; a wrong name or value is a `ConfigError`
+that names it. Each field's help text is its metadata, so the command line, the file, the
+environment and the reference page are one list. Nobody changes a config after `assemble`: what a
+device needs otherwise is a `Change`, applied once and printed.
 """
 
 from __future__ import annotations
