@@ -7,7 +7,6 @@ shapes than its own raises; so does one that is not in the cache, if it must be 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -20,7 +19,6 @@ from tokenry.errors import BackendError, DeviceOOM, UncoveredShape
 from tokenry_neuron import vendor
 from tokenry_neuron.cache import Facts, ProgramCache
 
-log = logging.getLogger(__name__)
 TENSORS = tuple(f.name for f in fields(StepBatch) if f.name not in ("bucket", "extra"))
 
 
@@ -40,7 +38,9 @@ class ProgramMaker:
 
     def step(self, step: Program, example: StepBatch, facts: Facts) -> Program:
         """The step of a bucket as a program."""
-        bucket, shapes = example.bucket, _shapes(example)
+        bucket = example.bucket
+        tensors = {name: getattr(example, name) for name in TENSORS} | dict(example.extra)
+        shapes = {name: vendor.signature(tensor) for name, tensor in tensors.items()}
 
         def run(batch: StepBatch) -> Tensor:
             return step(batch)
@@ -49,7 +49,7 @@ class ProgramMaker:
         program = self._make(run, (example,), what)
 
         def guarded(batch: StepBatch) -> Tensor:
-            if batch.bucket != bucket or _shapes(batch) != shapes:
+            if batch.bucket != bucket:
                 raise UncoveredShape(f"The program of {bucket} was given {batch.bucket}.")
             return program(batch)
 
@@ -90,7 +90,6 @@ class ProgramMaker:
             raise _missing(facts, f"the compiler made {len(fresh)} files although it is listed")
         self.compiled += 1
         self._cache.store(facts, fresh)
-        log.info("compiled %s (%d files)", facts["program"], len(fresh))
         return program
 
 
@@ -99,9 +98,3 @@ def _missing(facts: Facts, why: str) -> BackendError:
         f"The program {facts['program']} is not in the cache (require_compiled=true): {why}.",
         mend="tokenry compile with the same model, options and versions, or no require_compiled",
     )
-
-
-def _shapes(batch: StepBatch) -> dict[str, str]:
-    """Dtype and shape of every tensor of a batch."""
-    named = {name: getattr(batch, name) for name in TENSORS} | dict(batch.extra)
-    return {name: vendor.signature(tensor) for name, tensor in named.items()}

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -92,10 +93,14 @@ def total_bytes() -> int:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as one static graph of the vendor's compiler, made when it is first called; other
-    shapes raise instead of a second compilation.
+    shapes raise instead of a second compilation. A code object of its own, because torch counts
+    (and bounds) the graphs of a process by code object.
     """
+    assert isinstance(function, FunctionType)
+    code, closure = function.__code__.replace(), function.__closure__
+    own = FunctionType(code, function.__globals__, function.__name__, None, closure)
     made: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # untyped arguments
-        function,
+        own,
         backend=COMPILER,
         fullgraph=True,
         dynamic=False,
