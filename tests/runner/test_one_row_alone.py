@@ -186,7 +186,8 @@ def test_prompts_of_a_device_that_cannot_continue_one_are_scored_in_one_launch(m
         assert len(row.prompt_logprobs) == 29
         scores[name] = [s.logprobs[0] for s in row.prompt_logprobs]
         assert len(seen) == 1
-    assert scores["sim-hpu"] == pytest.approx(scores["cpu"], abs=1e-4)
+    # unscaled random weights: scores of hundreds, so that any two kernels differ by some 1e-4
+    assert scores["sim-hpu"] == pytest.approx(scores["cpu"], abs=1e-3)
 
 
 def test_no_feedback_outlives_the_step_after_it(make_runner):
