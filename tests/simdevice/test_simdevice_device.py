@@ -91,6 +91,9 @@ found["again_allowed"] = refusal(lambda: a.sum().item())
 device.reset_counts()
 torch.zeros(4, device=name).view(2, 2)[0].fill_(1)
 found["view_writes"] = device.counts().view_writes
+device.reset_counts()
+a.view(8, 4)[1:3].t().unsqueeze(0).expand(5, 4, 2)
+found["views"] = device.counts().kernels
 
 # order: an asynchronous copy is there when an event after it is
 b = torch.arange(4.0, device=name)
@@ -202,6 +205,7 @@ def test_what_the_host_waits_for_is_counted(found):
     assert all_syncs == 5
     assert got["kernel"] == 1
     assert got["view_writes"] == 1
+    assert got["views"] == 0
 
 
 def test_a_guarded_region_refuses_host_syncs_only(found):

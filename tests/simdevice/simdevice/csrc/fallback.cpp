@@ -162,6 +162,12 @@ struct Aliases {
 
 }  // namespace
 
+bool is_view(const c10::OperatorHandle& op) {
+  bool any_alias = false;
+  for (const auto& result : op.schema().returns()) any_alias = any_alias || result.alias_info() != nullptr;
+  return any_alias && !op.schema().is_mutable();
+}
+
 void note_kernel(const Name& name) {
   counters.kernels++;
   if (program_depth == 0) counters.loose_kernels++;
@@ -194,7 +200,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     note_sync(counters.shape_reads, name + ", whose result shape or value the host must know,");
     flush_recipe(name.c_str());
   }
-  note_kernel(name);
+  if (!is_view(op)) note_kernel(name);
   const auto& formals = op.schema().arguments();
   for (size_t i = 0; i < num_args; i++)
     if (formals[i].alias_info() != nullptr && formals[i].alias_info()->isWrite())

@@ -41,12 +41,6 @@ std::mutex async_mutex;
 std::deque<AsyncCopy> async_copies;
 int64_t async_clock = 0;
 
-bool writes_nothing(const c10::OperatorHandle& op) {  // a pure view: its result is still a view on replay
-  bool any_alias = false;
-  for (const auto& result : op.schema().returns()) any_alias = any_alias || result.alias_info() != nullptr;
-  return any_alias && !op.schema().is_mutable();
-}
-
 void store(const c10::IValue& recorded, const c10::IValue& fresh, const StorageMap& instead) {
   if (recorded.isTensor()) {
     const auto& to = recorded.toTensor();
@@ -83,7 +77,7 @@ void record_fresh(const at::Tensor& t) {
 }
 void record_copy(const at::Tensor& from, const at::Tensor& to) { open_graph->push_back({std::nullopt, {from, to}, {}}); }
 void record_call(const c10::OperatorHandle& op, torch::jit::Stack args, torch::jit::Stack outs) {
-  if (!writes_nothing(op)) open_graph->push_back({op, std::move(args), std::move(outs)});
+  if (!is_view(op)) open_graph->push_back({op, std::move(args), std::move(outs)});
 }
 
 int64_t begin_capture() {

@@ -19,6 +19,7 @@ bool on_device(const at::Tensor& t);
 at::Tensor host_alias(const at::Tensor& t, const StorageMap* instead = nullptr);
 at::Tensor to_device(const at::Tensor& host);     // a copy, counted as device memory
 void poison(void* data, size_t bytes);            // as fresh memory
+bool is_view(const c10::OperatorHandle& op);      // makes a view and runs nothing
 void note_kernel(const std::string& name);        // counts one kernel
 
 at::Generator host_generator(const at::Generator& generator);  // the CPU generator behind a device's
