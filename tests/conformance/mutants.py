@@ -113,6 +113,13 @@ class WrongHeads(Plain):
         return x.repeat(1, group, 1)
 
 
+class ThinksContiguous(Plain):
+    def __call__(self, q, k, v, kv_layer, batch, **rule):
+        strides = (q.shape[1] * q.shape[2], q.shape[2], 1)
+        q = q.as_strided(q.shape, strides, q.storage_offset())
+        return super().__call__(q, k, v, kv_layer, batch, **rule)
+
+
 class WritesPastTheSlot(Plain):
     def write(self, k, v, kv_layer, batch):
         live = batch.slots >= 16
@@ -208,6 +215,12 @@ class ForgetsResidual(RmsNorm):
 class TurnsByRow(Rope):
     def __call__(self, q, k, positions, table):
         return super().__call__(q, k, torch.arange(len(positions)), table)
+
+
+class TurnsContiguous(Rope):
+    def __call__(self, q, k, positions, table):
+        q = q.as_strided(q.shape, (q.shape[1] * q.shape[2], q.shape[2], 1), q.storage_offset())
+        return super().__call__(q, k, positions, table)
 
 
 class TurnsPairs(Rope):
@@ -336,6 +349,13 @@ class PlansByWhatIsUsed(SimBaked):
 
     def plan_kv(self, spec, budget, probe):
         return Backend.plan_kv(self, spec, budget, probe)
+
+
+class OwnKV(Device):
+    """Breaks nothing: its KV is its own affair, and so would be its model."""
+
+    def alloc_kv(self, spec, num_blocks):
+        return [object()] * spec.num_layers
 
 
 class DirtyKV(Device):
@@ -577,6 +597,9 @@ MUTANTS = {
     "window-too-long": with_op("attention", WindowTooLong),
     "no-soft-cap": with_op("attention", NoSoftCap),
     "wrong-heads": with_op("attention", WrongHeads),
+    "thinks-contiguous": with_op("attention", ThinksContiguous),
+    "thinks-rope-contiguous": with_op("rope", TurnsContiguous),
+    "own-kv": OwnKV,
     "writes-past-the-slot": with_op("attention", WritesPastTheSlot),
     "writes-padded-rows": with_op("attention", WritesPaddedRows),
     "writes-last-row-only": with_op("attention", WritesLastRowOnly),

@@ -41,6 +41,8 @@ CAUGHT = {
     "looks-ahead": ("C03.attention", "beyond"),
     "forgets-cache": ("C03.attention", "cached+new: 15+2"),
     "wrong-heads": ("C03.attention", "H=4 KH=2"),
+    "thinks-contiguous": ("C03.attention", "cached+new: 1+1"),
+    "thinks-rope-contiguous": ("C03.rope", "result 0"),
     "window-too-long": ("C03.window", "window=5"),
     "no-soft-cap": ("C03.window", "softcap=1.0"),
     "writes-past-the-slot": ("C04.slots", "slots changed that are no row's"),
@@ -95,6 +97,13 @@ def test_nan_that_leaks_is_told_but_does_not_fail(installed):
     assert report.conforms
 
 
+def test_attention_that_is_inside_the_model_is_not_asked_by_itself(installed):
+    report = conform("own-kv", only=["C03.attention", "C04"])
+    assert {r.status for r in report.results} == {"not asked"}
+    assert "attention is inside build_model" in report.results[0].reason
+
+
+@pytest.mark.slow
 def test_what_the_compiler_of_torch_changes_is_not_the_backends_doing(installed):
     report = conform("compiled", only=["C01.patch"])
     assert [(r.status, r.failures) for r in report.results] == [("passed", ())]
@@ -110,7 +119,7 @@ def test_the_parents_of_the_mutants_break_no_rule(installed, parent):
 
 
 def test_every_mutant_is_asked_for(installed):
-    assert set(installed) == {*CAUGHT, *PARENTS, "multiplies-nan", "compiled"}
+    assert set(installed) == {*CAUGHT, *PARENTS, "multiplies-nan", "compiled", "own-kv"}
 
 
 def test_every_rule_has_a_mutant():

@@ -26,6 +26,12 @@ P = ParamSpec("P")
 Status = Literal["passed", "failed", "weak", "not asked"]
 
 
+class NotAsked(Exception):
+    """Raised within a check that cannot be asked of this backend, for a reason that its Caps do not
+    show.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One thing that was tried. failure: what was wrong, with the figures; None: nothing."""
@@ -85,6 +91,8 @@ def attempt(name: str, trial: Callable[P, str | None], *args: P.args, **kwargs: 
     """The case of that name: `trial` gives what was wrong, or raises, which is wrong as well."""
     try:
         return Case(name, trial(*args, **kwargs))
+    except NotAsked:
+        raise
     except Exception as error:  # foreign code: whatever it raises is the finding
         return Case(name, described(error))
 
@@ -108,6 +116,8 @@ def run_check(wanted: Check, kit: Kit) -> Result:
                 failures.append(f"{case.name}: {case.failure}")
             if len(failures) == MOST_FAILURES:
                 break
+    except NotAsked as error:
+        return Result(id=wanted.id, rule=wanted.rule, status="not asked", reason=str(error))
     except Exception as error:  # as in `attempt`
         failures.append(f"after {count} cases: {described(error)}")
     status: Status = "passed"

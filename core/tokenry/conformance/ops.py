@@ -95,8 +95,8 @@ def linear(kit: Kit) -> Iterator[Case]:
 
 @check("C03.rms_norm", "rms_norm normalises in float32; with a residual it also gives the sum.")
 def rms_norm(kit: Kit) -> Iterator[Case]:
-    """Rows and heads ([T, E] and [T, H, D]), float32 and model-dtype weights, with and without
-    residual, very small and very large values.
+    """Rows and heads ([T, E]; a view [T, H, D] of a wider product), float32 and model-dtype
+    weights, with and without residual, very small and very large values.
     """
     backend = kit.open()
     for dtype in kit.caps.dtypes:
@@ -112,6 +112,8 @@ def rms_norm(kit: Kit) -> Iterator[Case]:
                     residual: bool = residual, dtype: str = dtype, weight: str = weight_dtype,
                 ) -> Any:  # fmt: skip
                     x = put(randn(shape, dtype, scale=scale))
+                    if len(shape) == 3:  # heads of q are a part of the product of q, k and v
+                        x = torch.cat((x, x + 1), dim=1)[:, : shape[1]]
                     w = put(1 + randn((48,), weight, seed=1, scale=0.3))
                     if residual:
                         return op(x, w, 1e-5, put(randn(shape, dtype, seed=2, scale=scale)))
@@ -128,7 +130,9 @@ def rms_norm(kit: Kit) -> Iterator[Case]:
 
 @check("C03.rope", "rope turns the first dims of each head by the row's own position, half-split.")
 def rope(kit: Kit) -> Iterator[Case]:
-    """Whole and partial rotation, several head dims, positions in any order and repeated."""
+    """Whole and partial rotation, several head dims, positions in any order and repeated; q and k
+    are views of one product.
+    """
     backend = kit.open()
     for dtype in kit.caps.dtypes:
         for dim, rot in ((32, 32), (64, 32), (16, 16), (80, 80)):
@@ -141,8 +145,11 @@ def rope(kit: Kit) -> Iterator[Case]:
                 op: Op, put: Any, dim: int = dim, table: Tensor = table, p: Tensor = positions,
                 dtype: str = dtype,
             ) -> Any:  # fmt: skip
-                q, k = randn((7, 4, dim), dtype), randn((7, 2, dim), dtype, seed=1)
-                return op(put(q), put(k), put(p), put(table))
+                # views of one product, as a layer hands them over
+                q, k, _ = (
+                    put(randn((7, 8 * dim), dtype)).view(7, 8, dim).split_with_sizes((4, 2, 2), 1)
+                )
+                return op(q, k, put(p), put(table))
 
             yield attempt(
                 f"rope {dtype} D={dim}, {rot} of them turned",

@@ -20,6 +20,7 @@ from torch import Tensor
 from tokenry.backend.base import Backend
 from tokenry.backend.contract import KVSpec
 from tokenry.backend.ops import OpTable
+from tokenry.conformance.check import NotAsked
 from tokenry.conformance.scenes import Packed, Scene, Work, on_device
 
 GARBAGE = 1e3
@@ -96,6 +97,7 @@ class Paged:
             dtype=case.dtype,
         )
         self.kv = backend.alloc_kv(spec, self.scene.num_blocks)
+        self._check_layout(spec)
         self.op = OpTable(backend.ops()).resolve(
             "attention",
             dtype=case.dtype,
@@ -105,6 +107,16 @@ class Paged:
             window=case.window,
             softcap=case.softcap,
         )
+
+    def _check_layout(self, spec: KVSpec) -> None:
+        """The reference op reads one layout of the KV only; a backend with another and no op of its
+        own has attention inside build_model. Raises NotAsked.
+        """
+        if "attention" in self.backend.ops():
+            return
+        want = (2, self.scene.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        if not isinstance(self.kv[0], Tensor) or tuple(self.kv[0].shape) != want:
+            raise NotAsked("attention is inside build_model: neither an op nor the contract's KV")
 
     def run(self, *, watch: bool = False) -> Tried:
         """Old tokens first, then the works; `watch` compares the KV before and after."""
