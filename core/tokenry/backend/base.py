@@ -267,3 +267,7 @@ class Backend:
     def compile_count(self) -> int:
         """Programs made so far, so that "no compilation after warm-up" can be tested."""
         return 0
+
+    def program_bytes(self) -> int | None:
+        """Bytes of the device that the programs made so far keep, measured; None: not known."""
+        return None

@@ -9,7 +9,7 @@ flag that helps. No tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenry.backend.base import Backend
 from tokenry.backend.contract import KVPlan, KVSpec, MemoryInfo
@@ -96,6 +96,16 @@ def plan_memory(
         f"{num_blocks * spec.block_bytes / GIB:.2f} GiB"
     )
     return MemoryPlan(num_blocks=num_blocks, max_model_len=fits, ledger=ledger, notes=tuple(notes))
+
+
+def with_programs(plan: MemoryPlan, program_bytes: int | None) -> MemoryPlan:
+    """The plan after the warm-up: what programs were seen to hold, in place of what was kept."""
+    if program_bytes is None:
+        return plan
+    kept = plan.ledger.get("programs", 0)
+    note = f"programs hold {program_bytes / GIB:.3f} GiB, {kept / GIB:.3f} GiB was kept for them"
+    ledger = {**plan.ledger, "programs": program_bytes}
+    return replace(plan, ledger=ledger, notes=(*plan.notes, note))
 
 
 def _split(ledger: Mapping[str, int], memory: MemoryInfo, used_before: int) -> Mapping[str, int]:

@@ -26,7 +26,7 @@ from tokenry.errors import ConfigError, Refusal, RequestError
 from tokenry.plan import NewRequest, Row, StepPlan, StepResult
 from tokenry.runner.bucket_grid import deviations, make_buckets, maxima
 from tokenry.runner.buckets import BucketSettings, BucketTable, exact, need_of
-from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory
+from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory, with_programs
 from tokenry.runner.pack import blank_batch, pack, table_width, to_device
 from tokenry.runner.probe import run_deep_steps
 from tokenry.runner.programs import Programs
@@ -121,6 +121,7 @@ class ModelRunner:
         self._programs = Programs(backend, lambda batch: step(batch, kv), buckets)
         if config.warmup or self._caps.shapes.static:
             self._warm_up(progress)
+            self.plan = with_programs(self.plan, backend.program_bytes())
         self._table = BucketTable(self._programs.buckets, self._caps, config.buckets.block_price)
 
     # ---- the start ---------------------------------------------------------------------------
