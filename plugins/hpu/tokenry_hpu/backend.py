@@ -176,3 +176,7 @@ class HpuBackend(Backend):
     def compile_count(self) -> int:
         """Programs; what sampling with rare parameters makes of small recipes is not among them."""
         return self._programs.made
+
+    def program_bytes(self) -> int:
+        """What stayed taken when each program had run for the first time."""
+        return self._programs.bytes
