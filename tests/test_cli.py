@@ -63,6 +63,17 @@ def test_unknown_key_of_the_config_file_is_named(tmp_path):
     assert "'port'" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["serve", "generate", "compile", "bench"])
+def test_unknown_backend_is_refused_before_anything_starts(command):
+    rest = {"generate": ["demo", "hi"], "bench": ["throughput", "demo"]}.get(command, ["demo"])
+    done = run(command, *rest, "--backend", "nope")
+    assert done.returncode == 2
+    assert "There is no backend 'nope'" in done.stderr
+    assert "cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "starting the engine process" not in done.stderr
+
+
 def test_serve_without_a_model_says_so():
     done = run("serve")
     assert done.returncode == 2

@@ -30,6 +30,18 @@ def test_directory_that_only_shares_the_name_is_not_meant(tmp_path, monkeypatch)
     assert find_model("demo") == Path("demo")
 
 
+def test_model_of_an_extra_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # nobody is asked
+    (tmp_path / "demo").mkdir()
+    for directory in (tmp_path, tmp_path / "demo"):
+        monkeypatch.chdir(directory)
+        with pytest.raises(ModelLoadError, match="'demo' is not installed") as caught:
+            find_model("demo")
+        assert caught.value.mend == 'pip install "tokenry[demo]"'
+    assert find_model("./../demo").is_dir()
+
+
 @pytest.mark.parametrize("name", ["./tales_4n", "no/such/dir", "a b", "/nowhere/at/all"])
 def test_missing_directory(name, tmp_path, monkeypatch):
     (tmp_path / "tales_4m").mkdir()

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from tokenry.backend.discovery import check_installed
 from tokenry.config import EngineConfig
 from tokenry.engine_handle import EngineHandle
 from tokenry.engine_process import DEFAULT_FACTORY
@@ -88,6 +89,7 @@ class AsyncEngine:
 
     async def launch(self) -> None:
         """Find the model, begin to load it in its process, read the tokenizer meanwhile."""
+        check_installed(self.config.backend)
         self.progress = Progress(phase="finding the model")
         model = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
         config = dataclasses.replace(self.config, model=str(model))

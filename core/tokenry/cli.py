@@ -223,12 +223,16 @@ def _compile_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _compile(args: argparse.Namespace) -> int:
+    from tokenry.backend.discovery import check_installed
+
+    config = _config(EngineConfig, args)
+    check_installed(config.backend)
     from tokenry.assemble import assemble
 
     def show(phase: str, share: float) -> None:
         print(f"{phase} {share:.0%}", file=sys.stderr)
 
-    ready = assemble(_config(EngineConfig, args), show, compile_only=True)
+    ready = assemble(config, show, compile_only=True)
     programs = ready.engine.stats().programs
     print(
         f"{programs} programs of {ready.ready.architecture} ({ready.ready.dtype}) for "

@@ -19,6 +19,9 @@ ENTRY_POINTS = "tokenry.models"
 """Entry-point group under which a distribution names its models: `demo = "tokenry_demo:tales_4m"`,
 a Path."""
 
+EXTRAS = {"demo": "demo", "demo-draft": "demo"}
+"""Models of this project's own packages, and the extra of tokenry that installs them."""
+
 _FILES = (
     "*.json",
     "*.jinja",
@@ -42,7 +45,8 @@ def find_model(name: str, revision: str | None = None) -> Path:
     provided = _provided()
     # A directory that only happens to have the name of a model (as `demo/` in our own repository)
     # is not meant.
-    if path.is_dir() and (name not in provided or (path / "config.json").is_file()):
+    named = name in provided or name in EXTRAS
+    if path.is_dir() and (not named or (path / "config.json").is_file()):
         return path
     if path.is_file():
         raise ModelLoadError(
@@ -52,6 +56,10 @@ def find_model(name: str, revision: str | None = None) -> Path:
         )
     if name in provided:
         return _load_provided(provided[name])
+    if name in EXTRAS:
+        raise ModelLoadError(
+            f"The model {name!r} is not installed.", mend=f'pip install "tokenry[{EXTRAS[name]}]"'
+        )
     if _looks_like_path(name) or not _HUB_ID.fullmatch(name):
         raise ModelLoadError(f"There is no directory {name}.", mend=_mend(name, provided))
     return _download(name, revision, _mend(name, provided))

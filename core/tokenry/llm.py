@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tokenry.backend.discovery import check_installed
 from tokenry.config import EngineConfig, load
 from tokenry.errors import ConfigError, EngineDead, RequestError
 from tokenry.hub import find_model
@@ -62,10 +63,11 @@ class LLM:
         progress: bool = True,
         **config: Any,
     ) -> None:
+        self.config = load(EngineConfig, {"model": str(model), **_own_names(config)})
+        check_installed(self.config.backend)
         from tokenry.assemble import assemble
 
         log = StartLog(shown=progress)
-        self.config = load(EngineConfig, {"model": str(model), **_own_names(config)})
         directory = find_model(self.config.model, self.config.revision)
         source = directory if self.config.tokenizer is None else find_model(self.config.tokenizer)
         self._tokenizer = Tokenizer.load(

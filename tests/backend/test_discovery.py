@@ -168,6 +168,38 @@ def test_a_newer_minor_is_served_with_a_warning(install, caplog):
     assert "was tested with contract" in caplog.text
 
 
+def test_without_any_backend_the_way_to_one_is_named(install):
+    with pytest.raises(NoBackend, match="No backend is installed") as caught:
+        discovery.check_installed(None)
+    assert caught.value.mend == 'pip install "tokenry[cpu]"'
+
+
+def test_a_backend_that_nobody_knows_is_refused_with_those_that_are(install):
+    install("hot", "raise SystemExit('nothing is imported for this')")
+    with pytest.raises(ConfigError, match="There is no backend 'ho'") as caught:
+        discovery.check_installed("ho")
+    assert "installed: hot" in str(caught.value)
+    assert "sim-hpu" in str(caught.value)
+    assert caught.value.mend == "--backend hot"
+
+
+def test_a_known_backend_that_is_not_installed_names_its_installation(install):
+    install("hot")
+    with pytest.raises(NoBackend, match="'cpu' is not installed") as caught:
+        discovery.check_installed("cpu")
+    assert caught.value.mend == 'pip install "tokenry[cpu]"'
+
+
+@pytest.mark.parametrize("wanted", [None, "hot", "sim-hpu"])
+def test_without_torch_nothing_can_run(install, monkeypatch, wanted):
+    install("hot")
+    discovery.check_installed(wanted)
+    monkeypatch.setattr(discovery, "find_spec", lambda name: None)
+    with pytest.raises(NoBackend, match="torch is not installed") as caught:
+        discovery.check_installed(wanted)
+    assert caught.value.mend == 'pip install "tokenry[cpu]"'
+
+
 def test_a_failed_open_names_the_cause(install):
     install("x", before="raise OSError('device busy')")
     with pytest.raises(BackendError, match=r"could not open .*: OSError: device busy"):

@@ -12,8 +12,10 @@ import logging
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib import resources
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +61,30 @@ class KnownBackend:
 def discover(only: str | None = None) -> list[Probe]:
     """Probe every installed backend, each on its own; `only` loads that entry point alone."""
     return [_probe(entry) for entry in _entries(only)]
+
+
+def check_installed(wanted: str | None) -> None:
+    """What is known without importing or probing anything, for a front to ask before it starts.
+
+    Raises ConfigError for a backend that nobody knows, NoBackend where `wanted`, or any, is not
+    installed, or torch is not.
+    """
+    installed = [entry.name for entry in _entries(None)]
+    known = {backend.name: backend.install for backend in known_backends()}
+    install = known["cpu"]
+    if wanted is not None and wanted not in (*installed, *SIMULATORS):
+        if wanted in known:
+            raise NoBackend(f"the backend {wanted!r} is not installed.", mend=known[wanted])
+        names = [*installed, *SIMULATORS, *known]
+        raise ConfigError(
+            f"There is no backend {wanted!r}; installed: {', '.join(installed) or 'none'}; "
+            f"known: {', '.join(known)}; simulators: {', '.join(SIMULATORS)}.",
+            mend=f"--backend {(get_close_matches(wanted, names, n=1) or names)[0]}",
+        )
+    if wanted is None and not installed:
+        raise NoBackend("No backend is installed (`tokenry devices` lists all).", mend=install)
+    if find_spec("torch") is None:
+        raise NoBackend("torch is not installed; each backend brings it along.", mend=install)
 
 
 def choose(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenry.backend.discovery import check_installed
 from tokenry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run it."""
+    check_installed(args.backend)
     from tokenry.conformance.catalog import CHECKS
     from tokenry.conformance.report import line
 
