@@ -20,7 +20,7 @@ COMMON = [
 ]  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 SOURCES: dict[str, list[str]] = {
-    f"csrc/{name}.cpp": [] for name in ("api", "pool", "program", "isa_plain")
+    f"csrc/{name}.cpp": [] for name in ("api", "pool", "program", "sample", "isa_plain")
 }
 if platform.machine().lower() in {"x86_64", "amd64"}:
     SOURCES |= {

@@ -44,6 +44,8 @@ const std::vector<Candidate>& candidates() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+}  // namespace
+
 const Kernels& kernels() {
   const Kernels* now = chosen.load(std::memory_order_acquire);
   if (now) return *now;
@@ -55,6 +57,8 @@ const Kernels& kernels() {
   }
   std::abort();  // the plain kernels are always usable
 }
+
+namespace {
 
 // Memory in pages of its own (huge where the kernel has them); null if there is none.
 void* pages(int64_t bytes) {

@@ -9,6 +9,7 @@
 namespace tokenry {
 const Kernels TABLE = {
     NS_NAME,          MAX_TILE,        NS::pack_rows, NS::linear,  NS::write_kv,
-    NS::attend,       NS::rms_norm,    NS::rope,      NS::act_mul,
+    NS::attend,       NS::rms_norm,    NS::rope,      NS::act_mul, NS::argmax,
+    NS::boltzmann,
 };
 }  // namespace tokenry

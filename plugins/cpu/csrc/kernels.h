@@ -70,6 +70,8 @@ struct Kernels {
   void (*rope)(const float* x, const float* cos, const float* sin, int64_t half, int64_t head_dim,
                float* y);
   void (*act_mul)(const float* gate, const float* up, int64_t size, int32_t kind, float* y);
+  int64_t (*argmax)(const float* x, int64_t size);
+  void (*boltzmann)(const float* x, int64_t size, float most, float temperature, float* y);
 };
 
 // The instruction sets that this binary has, best first; `usable` says what this machine can run.

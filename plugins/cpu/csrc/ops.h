@@ -7,6 +7,7 @@
 namespace tokenry {
 struct Program;
 struct Step;
+const Kernels& kernels();  // those of the chosen instruction set
 }  // namespace tokenry
 
 API void tk_linear(const tokenry::Weight* weight, const float* x, int64_t x_stride, int64_t rows,

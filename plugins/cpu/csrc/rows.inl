@@ -43,6 +43,30 @@ inline void rope(const float* x, const float* cos, const float* sin, int64_t hal
   for (i = 2 * half; i < head_dim; i++) y[i] = x[i];
 }
 
+// The first of the largest values; a NaN is skipped unless there is nothing else.
+inline int64_t argmax(const float* x, int64_t size) {
+  vf most = splat(-INFINITY);
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) most = max(load(x + i), most);
+  float top = largest(most);
+  for (; i < size; i++) top = x[i] > top ? x[i] : top;
+  for (i = 0; i < size; i++)
+    if (x[i] == top) return i;
+  return 0;
+}
+
+// y = e^((x - most) / temperature)
+inline void boltzmann(const float* x, int64_t size, float most, float temperature, float* y) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(y + i, exp((load(x + i) - most) / temperature));
+  if (i < size) {
+    float line[LANES];
+    for (int j = 0; j < LANES; j++) line[j] = i + j < size ? x[i + j] : most;
+    store(line, exp((load(line) - most) / temperature));
+    for (int64_t j = i; j < size; j++) y[j] = line[j - i];
+  }
+}
+
 // kind 0: silu, 1: gelu (erf), 2: gelu (tanh)
 INLINE vf activate(vf x, int32_t kind) {
   if (kind == 0) return x / (1.0f + exp(min(-x, splat(88.0f))));

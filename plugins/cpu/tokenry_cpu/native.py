@@ -107,6 +107,7 @@ def library() -> ctypes.CDLL:
         ("tk_rope", None, (p, i, i, p, i, i, i, i, p, p, i, p, p)),
         ("tk_act_mul", None, (p, i, i, c_int32, p)),
         ("tk_run", None, (p, p)),
+        ("tk_sample", None, (p, i, i, p, p, p, p, p, p)),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, args
@@ -236,6 +237,20 @@ def act_mul(x: Tensor, kind: str) -> Tensor:
 def attention(call: Any) -> None:
     """Run an AttentionCall."""
     library().tk_attention(ctypes.byref(call))
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+    uniform: Tensor,
+) -> Tensor:  # fmt: skip
+    """Ids [R] int32 of logits [R, V] float32 contiguous; per row float32, top_k int32."""
+    rows, size = logits.shape
+    ids = torch.empty(rows, dtype=torch.int32)
+    per_row = (temperature, top_k, top_p, min_p, uniform)
+    library().tk_sample(
+        logits.data_ptr(), rows, size, *(t.data_ptr() for t in per_row), ids.data_ptr()
+    )
+    return ids
 
 
 def run(program: Any, step: Any) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenry.backend.base import Op, StepBatch
+from tokenry.backend.base import Op, SampleInputs, StepBatch
 from tokenry.backend.contract import KVSpec
-from tokenry.backend.reference import ReferenceOp, Sample
+from tokenry.backend.reference import ReferenceOp
 from tokenry_cpu import native
 from tokenry_cpu.moe import RowMoe
 
@@ -172,6 +172,24 @@ class Attention(ReferenceOp):
             rule = {"scale": scale, "softcap": softcap or 0.0, "window": window or 0}
             listener.attention(*rows, kv_layer, out, **rule)
         return out if q.dtype == torch.float32 else out.to(q.dtype)
+
+
+class Sample(ReferenceOp):
+    """Draws without sorting the vocabulary."""
+
+    def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
+        """[R] int32, as the reference op says."""
+        temperature = inputs.temperature
+        if inputs.all_greedy:
+            temperature = torch.zeros_like(temperature)
+        return native.sample(
+            logits.float().contiguous(),
+            temperature.contiguous(),
+            inputs.top_k.contiguous(),
+            inputs.top_p.contiguous(),
+            inputs.min_p.contiguous(),
+            inputs.uniform.contiguous(),
+        )
 
 
 def _rows(x: Tensor) -> Tensor:
