@@ -267,7 +267,7 @@ def _served(
         **options,
     }
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    with LLM(str(kit.model(family).path), **config) as llm:
+    with LLM(str(kit.model(family).path), progress=False, **config) as llm:
         for turn in range(2):
             outputs = llm.generate([list(p) for p in prompts], params, use_tqdm=False)
             for prompt, output in zip(prompts, outputs, strict=True):
