@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import contextlib
+import dataclasses
+import difflib
+import errno
+import os
+import re
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tokenry
 from tokenry.config import (
@@ -22,12 +27,12 @@ from tokenry.config import (
     add_arguments,
     check_file_keys,
     environment,
+    flag_of,
     load,
 )
 from tokenry.errors import ConfigError, TokenryError
 
 if TYPE_CHECKING:
-    from tokenry.async_engine import AsyncEngine
     from tokenry.params import SamplingParams
 
 Command = Callable[[argparse.Namespace], int]
@@ -38,13 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(args)
-    given = parser.parse_args(args)
+    given, unknown = parser.parse_known_args(args)
+    if unknown:
+        _refuse_unknown(given.parser if "parser" in given else parser, unknown[0])
     if "run" not in given:
         parser.print_help()
         return 2
     run: Command = given.run
     try:
-        return run(given)
+        status = run(given)
+        sys.stdout.flush()
+        return status
     except TokenryError as error:
         if environment("TOKENRY_LOG_LEVEL") == "debug":
             raise
@@ -56,6 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has seen enough
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        with contextlib.suppress(OSError):  # or the interpreter fails once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        name = error.filename or "standard output"
+        print(f"{name} cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, argument: str) -> NoReturn:
+    """The usage of the command that it was given to, and the flag that was perhaps meant."""
+    flags = re.findall(r"--[a-z][\w-]+", parser.format_help())
+    near = difflib.get_close_matches(argument.partition("=")[0], flags, n=1)
+    parser.error(f"unknown argument {argument}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def _parser(args: Sequence[str]) -> argparse.ArgumentParser:
@@ -68,6 +92,7 @@ def _parser(args: Sequence[str]) -> argparse.ArgumentParser:
     for name, (text, fill) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name == wanted:  # only the command that runs pays for its options
+            command.set_defaults(parser=command)
             fill(command)
     return parser
 
@@ -75,7 +100,7 @@ def _parser(args: Sequence[str]) -> argparse.ArgumentParser:
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="directory, hub id or installed model ('demo')")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
-    add_arguments(parser, ServerConfig)
+    add_arguments(parser, ServerConfig, spread=("served_model_name",))
     add_arguments(parser, EngineConfig, skip=("model",))
     parser.add_argument("--model", dest="model_flag", help=argparse.SUPPRESS)
     parser.set_defaults(run=_serve)
@@ -84,120 +109,73 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from tokenry.api.server import serve
 
+    names = vars(args).get("served_model_name", ())
+    if args.model is None and args.model_flag is None and len(names) > 1:
+        _config(ServerConfig, args)
+        with contextlib.suppress(ConfigError):
+            return serve(_config(EngineConfig, args), _config(ServerConfig, args))
+        raise ConfigError("No model is named.", mend="MODEL before --served-model-name")
     return serve(_config(EngineConfig, args), _config(ServerConfig, args))
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="directory, hub id or installed model ('demo')")
+    parser.add_argument(
+        "model", nargs="?",
+        help="directory, hub id or installed model ('demo'); may be left out before a single "
+        "prompt if TOKENRY_MODEL or the file names one",
+    )  # fmt: skip
     parser.add_argument("prompt", nargs="+", help="one or more prompts; '-' reads stdin")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-    _sampling_options(parser, max_tokens=128)
+    _sampling_options(parser, longest="128, or what the context has room for")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, EngineConfig, skip=("model", "seed"))
     parser.set_defaults(run=_generate)
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from tokenry.terminal import generate
+
+    if len(args.prompt) > 1 and args.model is None:  # argparse gives the first to `model`
+        raise AssertionError(args.prompt)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     config, params = _config(EngineConfig, args, skip=("seed",)), _params(args)
-
-    async def run() -> None:
-        engine = await _start(config, quiet=args.quiet)
-        try:
-            for prompt in prompts:
-                print(prompt, end="", flush=True)
-                async for text in _deltas(engine, engine.tokenizer.encode(prompt), params):
-                    print(text, end="", flush=True)
-                print(flush=True)
-        finally:
-            await engine.shutdown()
-
-    asyncio.run(run())
+    asyncio.run(generate(config, prompts, params, quiet=args.quiet))
     return 0
 
 
 def _chat_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="start this model here, instead of a server")
-    parser.add_argument("--url", default=_DEFAULT_URL, help=f"server (default: {_DEFAULT_URL})")
+    parser.add_argument(
+        "model", nargs="?", help="start this model here; with --url: the server's model to talk to"
+    )
+    parser.add_argument("--url", help=f"server (default, without a model: {_DEFAULT_URL})")
     parser.add_argument("--api-key", default="", help="key that the server asks for")
     parser.add_argument("--system", help="first message, of the role system")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-    _sampling_options(parser, max_tokens=None)
+    _sampling_options(parser, longest="what the context has room for")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, EngineConfig, skip=("model", "seed"))
     parser.set_defaults(run=_chat)
 
 
 def _chat(args: argparse.Namespace) -> int:
-    if args.model is None:
-        return _chat_with_server(args)
-    config, params = _config(EngineConfig, args, skip=("seed",)), _params(args)
+    from tokenry.terminal import chat_here, chat_with_server
 
-    async def run() -> None:
-        engine = await _start(config, quiet=args.quiet)
-        try:
-            messages = _opening(args)
-            while (line := await asyncio.to_thread(_ask)) is not None:
-                messages.append({"role": "user", "content": line})
-                text = engine.tokenizer.chat_template.render(messages)
-                ids, answer = engine.tokenizer.encode(text, add_special_tokens=False), ""
-                async for delta in _deltas(engine, ids, params):
-                    answer += delta
-                    print(delta, end="", flush=True)
-                print(flush=True)
-                messages.append({"role": "assistant", "content": answer})
-        finally:
-            await engine.shutdown()
-
-    asyncio.run(run())
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    if args.model is not None and args.url is None:
+        config, params = _config(EngineConfig, args, skip=("seed",)), _params(args)
+        asyncio.run(chat_here(config, opening, params, quiet=args.quiet))
+        return 0
+    own = [f.name for f in dataclasses.fields(EngineConfig) if f.name not in ("model", "seed")]
+    if given := [name for name in own if name in vars(args)]:
+        raise ConfigError(
+            f"{flag_of(given[0])} is an option of an engine, and this is a chat with the server "
+            f"at --url {args.url or _DEFAULT_URL}.",
+            mend="give it to tokenry serve, or chat MODEL without --url",
+        )
+    wanted = {name: getattr(args, name) for name in ("model", "max_tokens", "seed", "temperature")}
+    body = {name: value for name, value in wanted.items() if value is not None}
+    chat_with_server(args.url or _DEFAULT_URL, args.api_key, opening, body)
     return 0
-
-
-def _chat_with_server(args: argparse.Namespace) -> int:
-    """A client of any server with OpenAI's API; needs no torch."""
-    messages = _opening(args)
-    while (line := _ask()) is not None:
-        messages.append({"role": "user", "content": line})
-        answer = ""
-        for delta in _post_chat(args, messages):
-            answer += delta
-            print(delta, end="", flush=True)
-        print(flush=True)
-        messages.append({"role": "assistant", "content": answer})
-    return 0
-
-
-def _post_chat(args: argparse.Namespace, messages: list[dict[str, str]]) -> Any:
-    import httpx2
-
-    body: dict[str, Any] = {"messages": messages, "stream": True, "temperature": args.temperature}
-    body |= {name: v for name in ("max_tokens", "seed") if (v := getattr(args, name)) is not None}
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    url = args.url.rstrip("/") + "/v1/chat/completions"
-    try:
-        with httpx2.stream("POST", url, json=body, headers=headers, timeout=600) as response:
-            if response.status_code != 200:
-                raise TokenryError(_error_text(response.read()), mend=f"see {args.url}/readyz")
-            for line in response.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    raise TokenryError(chunk["error"]["message"])
-                if chunk["choices"]:
-                    yield chunk["choices"][0]["delta"].get("content") or ""
-    except httpx2.TransportError as error:
-        raise TokenryError(
-            f"No server answers at {args.url}: {error}.",
-            mend="tokenry serve demo, or --url URL, or `tokenry chat demo` without a server",
-        ) from error
-
-
-def _error_text(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:500] or "The server gave no answer."
 
 
 def _devices_options(parser: argparse.ArgumentParser) -> None:
@@ -269,6 +247,12 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     import_module("tokenry.planning.plan_command").add_arguments(parser)
 
 
+def _quantize_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.bench.quality").add_arguments(parser)
+
+
 def _version_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_version)
 
@@ -288,12 +272,14 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "conform": ("ask a backend whether it keeps the contract's rules", _conform_options),
     "buckets": ("which programs a device would get, and their padding", _buckets_options),
     "plan": ("does a model fit on a device, from its config.json alone", _plan_options),
+    "quantize": ("what quantised weights cost in quality, on a text", _quantize_options),
     "version": ("print the version", _version_options),
 }
 
 
-def _sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="longest answer")
+def _sampling_options(parser: argparse.ArgumentParser, *, longest: str) -> None:
+    text = f"longest answer (default: {longest})"
+    parser.add_argument("--max-tokens", type=int, help=text)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
     parser.add_argument("--seed", type=int, help="same seed, same text")
 
@@ -313,48 +299,6 @@ def _config(cls: Any, args: argparse.Namespace, *, skip: Sequence[str] = ()) -> 
     if args.config:
         check_file_keys(args.config)
     return load(cls, given, file=args.config)
-
-
-def _opening(args: argparse.Namespace) -> list[dict[str, str]]:
-    return [{"role": "system", "content": args.system}] if args.system else []
-
-
-def _ask() -> str | None:
-    """The next line of the user, None at the end; no prompt where nobody types."""
-    try:
-        line = input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
-    return line if line.strip() else _ask()
-
-
-async def _start(config: EngineConfig, *, quiet: bool) -> AsyncEngine:
-    from tokenry.async_engine import AsyncEngine
-    from tokenry.startup import StartLog, describe, follow
-
-    log, engine = StartLog(shown=not quiet), AsyncEngine(config)
-
-    async def launch() -> None:
-        await engine.launch()
-        await engine.wait_ready()
-
-    task = asyncio.create_task(launch())
-    try:
-        await follow(log, lambda: engine.progress, task)
-        await task
-    except BaseException:
-        await engine.shutdown()
-        raise
-    log.say(*describe(engine.ready))
-    return engine
-
-
-async def _deltas(
-    engine: AsyncEngine, ids: Sequence[int], params: SamplingParams
-) -> AsyncIterator[str]:
-    async for output in engine.generate(ids, params, kind="delta"):
-        for one in output.outputs:
-            yield one.text
 
 
 if __name__ == "__main__":
