@@ -1,7 +1,7 @@
 """`tokenry quantize MODEL --report`: what quantised weights cost in quality, on the user's text.
 
-In: a model, a text, formats. Out: a table of the text's perplexity with each, and how often the most
-likely next token stays the same. Each window of the text is scored from its own beginning.
+In: a model, a text, formats. Out: a table of the text's perplexity with each, and how often the
+most likely next token stays the same. Each window is scored from its own beginning.
 """
 
 from __future__ import annotations
