@@ -23,7 +23,8 @@ STEPS, SAMPLERS = 4, 2 * 3
 for two rows the greedy, the plain and the filtered draw.
 """
 GREEDY = {"temperature": 0}
-SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3, "logprobs": 2}
+SCORED = {"temperature": 0, "prompt_logprobs": 2}
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -86,6 +87,9 @@ def machine(tmp_path_factory):
     root = tmp_path_factory.mktemp("machine")
     (root / "dev").mkdir()
     (root / "dev/neuron0").touch()
+    facts = root / "sys/devices/virtual/neuron_device/neuron0/info/architecture"
+    facts.mkdir(parents=True)
+    (facts / "arch_type").write_text("NCv3\n")
     return root
 
 
@@ -107,16 +111,16 @@ def serve(machine):
 
 @pytest.fixture(scope="module")
 def served(serve, models, tmp_path_factory):
-    """Every model, in both ways to draw."""
+    """Every model, in all ways to draw."""
     starts = {name: (model, (), {}) for name, model in {"demo": "demo", **models}.items()}
-    return serve(tmp_path_factory.mktemp("cache"), (GREEDY, SAMPLED), **starts)
+    return serve(tmp_path_factory.mktemp("cache"), (GREEDY, SAMPLED, SCORED), **starts)
 
 
 @pytest.mark.parametrize("name", ["demo", *FAMILIES])
 def test_tokens_are_those_of_the_cpu(served, models, name):
     with LLM(models.get(name, name), backend="cpu", **LIMITS) as llm:
         wanted = [{"prompt_token_ids": p} for p in prompts()]
-        for i, way in enumerate((GREEDY, SAMPLED)):
+        for i, way in enumerate((GREEDY, SAMPLED, SCORED)):
             params = SamplingParams(max_tokens=8, ignore_eos=True, **way)
             expected = llm.generate(wanted, params, use_tqdm=False)
             assert served[name]["tokens"][i] == [list(c.outputs[0].token_ids) for c in expected]
@@ -182,6 +186,7 @@ def from_cache(compiled, serve, models):
         more_requests=(models["llama"], needed, {"max_num_seqs": 4}),
         another_model=(models["gemma2"], needed, {}),
         too_big=(models["llama"], ("hbm_gib=3",), {}),
+        another_chip=(models["llama"], ("target=trn3",), {}),
     )
 
 
@@ -211,6 +216,12 @@ def test_a_plan_for_more_memory_than_the_device_has_is_refused(from_cache):
     assert "hbm_gib=2.0" in error
 
 
+def test_programs_for_another_chip_than_the_one_here_are_refused(from_cache):
+    error = from_cache["another_chip"]["error"]
+    assert "The device is a trn2 (NCv3), target is trn3" in error
+
+
+@pytest.mark.slow
 def test_programs_whose_files_are_gone_are_compiled_again(from_cache, compiled, serve, models):
     cache, _ = compiled
     next((cache / "graphs").rglob("*.neff")).unlink()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from tokenry_neuron import vendor
 from tokenry_neuron.cache import ProgramCache
 from tokenry_neuron.options import NeuronOptions
 
+VERSION = "2.13.3.0.1"
 FACTS = {"program": "decode 4", "torch": "2.13", "num_blocks": 40, "kv": {"dtype": "bfloat16"}}
 
 
@@ -36,12 +39,12 @@ def machine(tmp_path):
 
 
 def test_without_a_node_there_is_no_device(machine):
-    assert tokenry_neuron.probe(machine()) is None
+    assert tokenry_neuron.probe(machine(), VERSION) is None
 
 
 def test_devices_are_named_and_counted(machine):
     root = machine(neuron0=("Trainium2", "NCv3"), neuron1=("Trainium2", "NCv3"))
-    found = tokenry_neuron.probe(root, package="json")
+    found = tokenry_neuron.probe(root, VERSION)
     assert found == DeviceRef(backend="neuron", index=0, name="Trainium2 x2", score=100, why="NCv3")
 
 
@@ -49,22 +52,29 @@ def test_a_node_without_facts_is_still_a_device(tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/neuron0").touch()
     (tmp_path / "dev/neuronlog").touch()
-    found = tokenry_neuron.probe(tmp_path, package="json")
+    found = tokenry_neuron.probe(tmp_path, VERSION)
     assert (found.name, found.score) == ("Neuron device", 100)
 
 
 def test_an_old_chip_is_named_as_too_old(machine):
-    found = tokenry_neuron.probe(machine(neuron0=("Trainium1", "NCv2")), package="json")
+    found = tokenry_neuron.probe(machine(neuron0=("Trainium1", "NCv2")), VERSION)
     assert found.score == 0
     assert "Trainium1 (NCv2) is older than Trainium 2" in found.why
 
 
 def test_a_missing_package_is_told_with_the_vendors_index(machine):
     root = machine(neuron0=("Trainium2", "NCv3"))
-    found = tokenry_neuron.probe(root, package="no_such_package")
+    found = tokenry_neuron.probe(root, None)
     assert found.score == 0
     assert "https://pip.repos.neuron.amazonaws.com" in found.why
     assert "PyPI is a stub" in found.why
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.13.1.1.0", "2.9.0.2.10"])
+def test_a_package_that_is_not_the_native_backend_cannot_be_used(machine, version):
+    found = tokenry_neuron.probe(machine(neuron0=("Trainium2", "NCv3")), version)
+    assert found.score == 0
+    assert f"torch-neuronx {version} is a stub or of the XLA line" in found.why
 
 
 def test_probing_imports_no_torch_and_changes_no_variable():
@@ -107,6 +117,15 @@ def test_the_users_variables_go_first(monkeypatch):
         {"TORCH_NEURONX_NEFF_CACHE_DIR": "/ours", "TORCH_NEURONX_COMPILE_ONLY": "1"}
     )
     assert held == {"TORCH_NEURONX_NEFF_CACHE_DIR": "/theirs", "TORCH_NEURONX_COMPILE_ONLY": "1"}
+
+
+def test_every_variable_of_the_vendor_is_listed():
+    listed = {*vendor.VARIABLES, *vendor.READ_ONLY}
+    used = set()
+    for path in Path(vendor.__file__).parent.glob("*.py"):
+        names = re.findall(r'"((?:TORCH_NEURONX|NEURON)_[A-Z_]+)"', path.read_text())
+        used |= set(names)
+    assert used == listed
 
 
 # ---- options ------------------------------------------------------------------------------

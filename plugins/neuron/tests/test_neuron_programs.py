@@ -22,6 +22,8 @@ def maker(tmp_path, monkeypatch):
     """maker(**how) -> a ProgramMaker; all of a test share one cache."""
     monkeypatch.setattr(vendor, "device_module", lambda: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(vendor, "COMPILER", "aot_eager")
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs/kept.neff").touch()
     cache = ProgramCache(tmp_path, tmp_path / "graphs")
 
     def make(*, require_compiled=False, **common):
@@ -95,13 +97,21 @@ def test_a_compiler_that_compiles_a_kept_program_again_is_found_out(maker, tmp_p
     maker().step(step, batch(DECODE), {})
 
     def compiles(one):
-        (tmp_path / "graphs").mkdir(exist_ok=True)
         (tmp_path / "graphs/new.neff").touch()
         return step(one)
 
     monkeypatch.setattr(vendor, "compiled", lambda function: function)
     with pytest.raises(BackendError, match="made 1 files although it is listed"):
         maker(require_compiled=True).step(compiles, batch(DECODE), {})
+
+
+def test_a_compiler_that_keeps_nothing_is_told_and_no_program_is_promised(maker, tmp_path, caplog):
+    (tmp_path / "graphs/kept.neff").unlink()
+    maker().step(step, batch(DECODE), {})
+    assert "keeps nothing in" in caplog.text and "TORCH_NEURONX_NEFF_CACHE_DIR" in caplog.text
+    again = maker()
+    again.step(step, batch(DECODE), {})
+    assert again.compiled == 1
 
 
 def test_memory_that_ends_names_the_program(maker, monkeypatch):

@@ -35,6 +35,9 @@ from tokenry_neuron.ops import KVLayer, neuron_ops, signed_inputs
 from tokenry_neuron.options import NeuronOptions
 from tokenry_neuron.programs import ProgramMaker
 
+TARGETS = {"NCv3": "trn2", "NCv4": "trn3"}
+"""Generation of the cores, as the driver names it -> chip, as the compiler names it."""
+
 
 class NeuronBackend(Backend):
     """One logical core."""
@@ -63,11 +66,14 @@ class NeuronBackend(Backend):
             "TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION": "1",
             "TORCH_NEURONX_DYNAMO_DISABLE_CPU_AUTOCOPY": "1",
         }
+        if device.index:
+            variables["NEURON_RT_VISIBLE_CORES"] = str(device.index)
         if not self._here:
             variables["TORCH_NEURONX_COMPILE_ONLY"] = "1"
             variables["NEURON_PLATFORM_TARGET_OVERRIDE"] = options.target
         held = vendor.connect(variables)
-        self._check_total()
+        if self._here:
+            self._check(arch=device.why)
         cache = ProgramCache(cache_dir, Path(held["TORCH_NEURONX_NEFF_CACHE_DIR"]))
         self.programs = ProgramMaker(
             cache, self._common_facts(), require_compiled=options.require_compiled
@@ -77,14 +83,18 @@ class NeuronBackend(Backend):
         self._kv_facts: dict[str, Any] = {}
         self._block_size = self.caps.block_sizes[0]
 
-    def _check_total(self) -> None:
-        """The plan is made for `hbm_gib`: a smaller device would only fail later."""
-        if not self._here:
-            return
+    def _check(self, arch: str) -> None:
+        """Raises ConfigError where the device is not what plan and programs are made for."""
+        target = TARGETS.get(arch, self._options.target)
+        if target != self._options.target:
+            raise ConfigError(
+                f"The device is a {target} ({arch}), target is {self._options.target}.",
+                mend=f"--backend-option target={target}",
+            )
         total, planned = vendor.total_bytes(), self._options.hbm_bytes
         if total < planned:
             raise ConfigError(
-                f"Memory is planned for {planned / 2**30:.2f} GiB (target {self._options.target}), "
+                f"Memory is planned for {planned / 2**30:.2f} GiB (target {target}), "
                 f"the device has {total / 2**30:.2f} GiB.",
                 mend=f"--backend-option hbm_gib={int(total / 2**30 * 100) / 100}",
             )

@@ -29,13 +29,13 @@ class ProgramCache:
     """A directory that several processes may share: entries are whole or absent."""
 
     def __init__(self, directory: Path, graphs: Path) -> None:
-        self._graphs = graphs
+        self.graphs = graphs
         self._programs = directory / "programs"
 
     def files(self) -> frozenset[str]:
         """All of the compiler's files."""
         return frozenset(
-            str(f.relative_to(self._graphs)) for f in self._graphs.rglob("*") if f.is_file()
+            str(f.relative_to(self.graphs)) for f in self.graphs.rglob("*") if f.is_file()
         )
 
     def has(self, facts: Facts) -> bool:
@@ -43,7 +43,7 @@ class ProgramCache:
         entry = _read(self._path(facts))
         if entry is None or digest(entry["facts"]) != digest(facts):
             return False
-        return all((self._graphs / name).is_file() for name in entry["files"])
+        return all((self.graphs / name).is_file() for name in entry["files"])
 
     def store(self, facts: Facts, files: Iterable[str]) -> None:
         """Remember the program; its entry appears at once, with its whole content."""
@@ -58,7 +58,7 @@ class ProgramCache:
         """What is different in the most similar program."""
         path = self._path(facts)
         if path.is_file():
-            return f"{path} is damaged, or files of {self._graphs} are gone"
+            return f"{path} is damaged, or files of {self.graphs} are gone"
         entries = [entry for p in sorted(self._programs.glob("*.json")) if (entry := _read(p))]
         if not entries:
             return f"{self._programs} is empty"

@@ -7,6 +7,7 @@ shapes than its own raises; so does one that is not in the cache, if it must be 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -19,6 +20,9 @@ from tokenry.errors import BackendError, DeviceOOM, UncoveredShape
 from tokenry_neuron import vendor
 from tokenry_neuron.cache import Facts, ProgramCache
 
+log = logging.getLogger(__name__)
+LATE = "set TORCH_NEURONX_NEFF_CACHE_DIR to it before the start, or programs are compiled anew"
+"""torch loads the vendor's package before this plugin, which can be too early for the variable."""
 TENSORS = tuple(f.name for f in fields(StepBatch) if f.name not in ("bucket", "extra"))
 
 
@@ -88,8 +92,11 @@ class ProgramMaker:
             return program
         if self._require:
             raise _missing(facts, f"the compiler made {len(fresh)} files although it is listed")
+        if fresh or before:
+            self._cache.store(facts, fresh)
+        elif not self.compiled:
+            log.warning("the compiler keeps nothing in %s: %s", self._cache.graphs, LATE)
         self.compiled += 1
-        self._cache.store(facts, fresh)
         return program
 
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from tokenry.errors import BackendError
-from tokenry_neuron import INSTALL, PACKAGE
+from tokenry_neuron import INSTALL
 
 log = logging.getLogger(__name__)
+PACKAGE = "torch_neuronx"
 DEVICE = COMPILER = "neuron"
 SYMBOLS: Mapping[str, str] = {
     "torch.neuron.synchronize": "(device=None) -> None; module",
@@ -37,6 +38,7 @@ VARIABLES: Mapping[str, str] = {
     "TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION": "1: a program that fails raises; reference",
     "TORCH_NEURONX_DYNAMO_DISABLE_CPU_AUTOCOPY": "1: host tensors raise; reference",
     "TORCH_NEURONX_COMPILE_ONLY": "1: compile without a device; plugin",
+    "NEURON_RT_VISIBLE_CORES": "the logical core to use; runtime's configuration page",
     "NEURON_PLATFORM_TARGET_OVERRIDE": "chip to compile for without a device; plugin",
 }
 READ_ONLY = ("NEURON_CC_FLAGS", "NEURON_COMPILER_OPT_LEVEL", "NEURON_LOGICAL_NC_CONFIG")
