@@ -125,9 +125,9 @@ class NeuronBackend(Backend):
         room = min(budget - self._weight_bytes, int(budget * self._options.kv_fraction))
         num_blocks = max(0, room // spec.block_bytes)
         kv = num_blocks * spec.block_bytes
-        reserve = max(0, budget - self._weight_bytes - kv)
-        ledger = {"weights": self._weight_bytes, "programs": reserve, "kv": kv}
-        return KVPlan(num_blocks=num_blocks, ledger={"activations": 0, "margin": 0, **ledger})
+        margin = max(0, budget - self._weight_bytes - kv)  # programs, scratch space, rings
+        ledger = {"weights": self._weight_bytes, "margin": margin, "kv": kv}
+        return KVPlan(num_blocks=num_blocks, ledger={"activations": 0, "programs": 0, **ledger})
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """Per layer a KVLayer of zeros. Raises DeviceOOM."""
