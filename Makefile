@@ -8,7 +8,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 # a thread that waits for work must not burn a core that another process needs
 TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: serve test lint quick slow bench docs clean
+.PHONY: serve test lint quick slow bench sanitize docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -31,6 +31,14 @@ bench: $(VENV)/dev
 	$(BIN)/tokenry bench latency $(MODEL)
 	$(BIN)/python benchmarks/startup.py $(MODEL)
 
+# the CPU's kernels under the address and undefined-behaviour sanitizers
+sanitize: $(VENV)/dev
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r plugins/cpu build/sanitize/ && rm -rf build/sanitize/cpu/build
+	cd build/sanitize/cpu && TOKENRY_CPU_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace --force
+	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize/cpu \
+	  $(patsubst %/python,$(CURDIR)/%/python,$(TEST)) -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)/build/sanitize cpu/tests/test_cpu_ops.py cpu/tests/test_cpu_sample.py
+
 docs: $(VENV)/dev
 	$(BIN)/python docs/generate.py
 
@@ -50,5 +58,5 @@ $(VENV)/serve: $(VENV)/pip pyproject.toml plugins/cpu/pyproject.toml demo/pyproj
 
 $(VENV)/dev: $(VENV)/serve
 	@echo "tokenry: installing what the tests need (about a minute)"
-	@$(INSTALL) --no-build-isolation -e '.[bench,dev,hf]' -e plugins/hpu
+	@$(INSTALL) --no-build-isolation -e '.[bench,dev,hf]' -e plugins/hpu -e plugins/neuron
 	@touch $@
