@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -51,7 +52,7 @@ def test_devices_lists_the_cpu_and_with_all_the_simulators(capsys):
 def test_wrong_value_is_one_cause_without_traceback():
     done = run("serve", "demo", "--port", "eighty")
     assert done.returncode == 2
-    assert done.stderr.strip() == "ConfigError: --port: 'eighty' is not a int."
+    assert done.stderr.strip() == "ConfigError: --port: 'eighty' is not a whole number."
 
 
 def test_unknown_key_of_the_config_file_is_named(tmp_path):
@@ -94,7 +95,12 @@ def test_chat_streams_from_a_server(tmp_path):
 
     class Canned(BaseHTTPRequestHandler):
         def do_POST(self):
-            self.rfile.read(int(self.headers["content-length"]))
+            bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            if self.headers["authorization"] == "Bearer wrong":
+                self.send_response(401)
+                self.end_headers()
+                self.wfile.write(b'{"error":{"message":"The key is wrong."}}')
+                return
             self.send_response(200)
             self.end_headers()
             for text in ("Once ", "upon"):
@@ -106,11 +112,20 @@ def test_chat_streams_from_a_server(tmp_path):
         def log_message(self, *args):
             pass
 
+    bodies = []
     server = HTTPServer(("127.0.0.1", 0), Canned)
     Thread(target=server.serve_forever, daemon=True).start()
-    done = run("chat", "--url", f"http://127.0.0.1:{server.server_port}", input="hello\n")
-    server.shutdown()
+    url = f"http://127.0.0.1:{server.server_port}"
+    done = run("chat", "--url", url, input="hello\n")
     assert (done.returncode, done.stdout) == (0, "Once upon\n")
+    done = run("chat", "--url", url, "tales", input="hello\n")
+    assert (done.returncode, done.stdout) == (0, "Once upon\n")
+    assert [body.get("model") for body in bodies] == [None, "tales"]
+    done = run("chat", "--url", url, "--api-key", "wrong", input="hello\n")
+    server.shutdown()
+    assert done.returncode == 1
+    assert "The key is wrong." in done.stderr
+    assert "--api-key" in done.stderr
 
 
 def test_compile_makes_the_programs_of_a_device(capsys):

@@ -100,7 +100,7 @@ def _parser(args: Sequence[str]) -> argparse.ArgumentParser:
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="directory, hub id or installed model ('demo')")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
-    add_arguments(parser, ServerConfig, spread=("served_model_name",))
+    add_arguments(parser, ServerConfig)
     add_arguments(parser, EngineConfig, skip=("model",))
     parser.add_argument("--model", dest="model_flag", help=argparse.SUPPRESS)
     parser.set_defaults(run=_serve)
@@ -109,13 +109,14 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from tokenry.api.server import serve
 
-    names = vars(args).get("served_model_name", ())
-    if args.model is None and args.model_flag is None and len(names) > 1:
-        _config(ServerConfig, args)
-        with contextlib.suppress(ConfigError):
-            return serve(_config(EngineConfig, args), _config(ServerConfig, args))
-        raise ConfigError("No model is named.", mend="MODEL before --served-model-name")
-    return serve(_config(EngineConfig, args), _config(ServerConfig, args))
+    server = _config(ServerConfig, args)
+    try:
+        engine = _config(EngineConfig, args)
+    except ConfigError as error:
+        if error.message.startswith("No model") and len(server.served_model_name) > 1:
+            error.mend = f"MODEL before --served-model-name; {error.mend}"
+        raise
+    return serve(engine, server)
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:

@@ -166,8 +166,7 @@ class ServerConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ConfigError(
-                    f"{name} is {value}, it must be more than 0 and finite.",
-                    mend=f"{flag_of(name)} 30",
+                    f"{name} is {value}, it must be finite and > 0.", mend=f"{flag_of(name)} 30"
                 )
 
 
@@ -212,6 +211,8 @@ def add_arguments(
         dest = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
         if kind.type is bool:
             group.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, **dest)
+        elif f.name == "served_model_name":  # several at once, as in vLLM
+            group.add_argument(flag_of(f.name), action="extend", nargs="+", metavar="NAME", **dest)
         elif kind.many:
             group.add_argument(flag_of(f.name), action="append", metavar="VALUE", **dest)
         else:
@@ -252,10 +253,9 @@ def load(
                 f"There is no option {name!r}.", mend=f"did you mean {near[0]!r}?" if near else None
             )
         values[name] = _convert(cls, name, value, where=flag_of(name))
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{cls.__name__}: {error}.", mend="name the model") from error
+    if "model" in names and "model" not in values:
+        raise ConfigError("No model is named.", mend="MODEL, TOKENRY_MODEL or `model` in the file")
+    return cls(**values)
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
@@ -332,7 +332,8 @@ def _convert(cls: type, name: str, value: Any, *, where: str) -> Any:
         if kind.type is float:
             return float(value)
     except (TypeError, ValueError, OverflowError):  # int(inf) overflows
-        raise ConfigError(f"{where}: {value!r} is not a {kind.type.__name__}.") from None
+        what = {bool: "true or false", int: "a whole number", float: "a number"}[kind.type]
+        raise ConfigError(f"{where}: {value!r} is not {what}.") from None
     text = str(value)
     if kind.choices and text not in kind.choices:
         raise ConfigError(f"{where}: {text!r} is not one of {', '.join(kind.choices)}.")

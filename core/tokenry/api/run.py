@@ -20,6 +20,7 @@ from tokenry.api.service import Service
 from tokenry.errors import RequestError, StepFailed
 from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams
+from tokenry.text.admission import check_answer_length
 from tokenry.text.outputs import OutputKind, Update
 
 
@@ -60,8 +61,9 @@ class Run:
                       that we chose is cut to what is left.
         """
         engine = self._service.engine
-        if asked_tokens is not None:
-            _check_length(prompts, asked_tokens, engine.ready.max_model_len)
+        most = engine.ready.max_model_len
+        for prompt in prompts:
+            check_answer_length(len(prompt.token_ids), asked_tokens, most, param=prompt.param)
         self._service.check_room(
             len(prompts) * params.n, param="n" if params.n > 1 else prompts[0].param
         )
@@ -170,20 +172,6 @@ class Run:
                 raise StepFailed(f"The engine ended this request ({one.finish_reason}).")
             if one.finish_reason is not None:
                 metrics.finished(one.finish_reason, now - self._begun_s)
-
-
-def _check_length(prompts: Sequence[Prompt], asked_tokens: int, max_model_len: int) -> None:
-    for prompt in prompts:
-        num_prompt = len(prompt.token_ids)
-        if num_prompt < max_model_len < num_prompt + asked_tokens:
-            raise RequestError(
-                f"This model's maximum context length is {max_model_len} tokens. However, you "
-                f"requested {num_prompt + asked_tokens} tokens ({num_prompt} in the prompt, "
-                f"{asked_tokens} for the answer).",
-                param="max_tokens",
-                code="context_length_exceeded",
-                mend=f"max_tokens of {max_model_len - num_prompt} or less, or none",
-            )
 
 
 async def until_disconnect(request: Request) -> None:

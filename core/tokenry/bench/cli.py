@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="bench", metavar="|".join(KINDS), required=True)
     for name, text in KINDS.items():
         sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(parser=sub)
         running = name in ("serve", "ramp")
         first = "default: the server's first" if running else "default: demo"
         sub.add_argument("model", nargs="?", default=None if running else "demo", help=first)

@@ -115,6 +115,27 @@ class Admission:
             )
 
 
+def check_answer_length(
+    num_prompt: int, asked: int | None, max_model_len: int, *, param: str
+) -> None:
+    """Raises RequestError if prompt or answer do not fit; `asked` is None where nobody named a
+    length, then the answer is cut to what is left. `param` is the prompt's field.
+    """
+    if num_prompt >= max_model_len and (asked != 0 or num_prompt > max_model_len):
+        raise ContextLengthExceeded(
+            max_model_len=max_model_len, num_prompt_tokens=num_prompt, param=param
+        )
+    if asked is not None and num_prompt + asked > max_model_len:
+        raise RequestError(
+            f"This model's maximum context length is {max_model_len} tokens. However, you "
+            f"requested {num_prompt + asked} tokens ({num_prompt} in the prompt, "
+            f"{asked} for the answer).",
+            param="max_tokens",
+            code="context_length_exceeded",
+            mend=f"max_tokens of {max_model_len - num_prompt} or less, or none",
+        )
+
+
 def complete_params(
     params: SamplingParams, bad_words_ids: Sequence[tuple[int, ...]], num_remaining: int
 ) -> SamplingParams:
