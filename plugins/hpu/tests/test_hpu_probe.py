@@ -12,7 +12,7 @@ from tokenry.backend.contract import DeviceRef
 from tokenry.errors import BackendError, ConfigError
 from tokenry_hpu import probe
 from tokenry_hpu.backend import HpuOptions
-from tokenry_hpu.vendor import LAZY, find, load
+from tokenry_hpu.vendor import LAZY, RECIPES, find, load
 
 
 @pytest.fixture
@@ -139,8 +139,8 @@ def test_the_mode_is_set_before_the_vendor_is_loaded(monkeypatch):
     assert "vault.habana.ai" in str(caught.value)
     environ.clear()
     with pytest.raises(BackendError):
-        load(environ, lazy=False)
-    assert environ[LAZY] == "0"
+        load(environ, lazy=False, recipes="/var/recipes")
+    assert environ == {LAZY: "0", RECIPES: "/var/recipes,false,16384"}
 
 
 @pytest.mark.parametrize(

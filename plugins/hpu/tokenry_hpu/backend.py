@@ -30,7 +30,7 @@ from tokenry.errors import ConfigError
 from tokenry_hpu.memory import plan_kv, read_memory
 from tokenry_hpu.ops import KVLayer, flat_blocks, hpu_ops
 from tokenry_hpu.programs import Programs, Way
-from tokenry_hpu.vendor import load, load_hccl, typed_oom
+from tokenry_hpu.vendor import HCCL, find, load, typed_oom
 
 FP8_MAX = {"e4m3_240": 240.0, "e4m3fn": 448.0}
 """Largest value of torch.float8_e4m3fn on the device: Gaudi 2 computes in a format that ends at 240
@@ -48,23 +48,24 @@ class HpuOptions:
              replayed), none (every kernel on its own, to find errors).
     graph_memory_fraction   of what weights and activations leave, kept for programs, in [0, 1).
     linear   model (the model's dtype) or fp8 (weights and activations quantised as they come).
+    recipe_cache   directory where the vendor's compiler keeps recipes for the next start, "": none.
     """
 
     graphs: Way = "compile"
     graph_memory_fraction: float = 0.1
     linear: str = "model"
+    recipe_cache: str = ""
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> HpuOptions:
         """Options from strings. Raises ConfigError for a name or a value that is none."""
         values: dict[str, Any] = dict(options)
         known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(
-                    f"The hpu backend has no option {key!r}, it has {', '.join(known)}.",
-                    mend="--backend-option graphs=compile",
-                )
+        if unknown := [key for key in values if key not in known]:
+            raise ConfigError(
+                f"The hpu backend has no option {unknown[0]!r}, it has {', '.join(known)}.",
+                mend="--backend-option graphs=compile",
+            )
         _one_of("graphs", values.get("graphs", "compile"), get_args(Way))
         _one_of("linear", values.get("linear", "model"), ("model", "fp8"))
         if "graph_memory_fraction" in values:
@@ -96,8 +97,8 @@ class HpuBackend(Backend):
     """Runs the core's model as one static program per bucket."""
 
     def __init__(self, device: DeviceRef, options: HpuOptions) -> None:
-        lazy = options.graphs == "hpu_graphs"
-        self._vendor = load(os.environ, lazy=lazy, module=device.index)
+        lazy, recipes = options.graphs == "hpu_graphs", options.recipe_cache
+        self._vendor = load(os.environ, lazy=lazy, module=device.index, recipes=recipes)
         self._options = options
         self._programs = Programs(self._vendor, options.graphs)
         self._block_size = BLOCK_SIZES[0]
@@ -139,15 +140,14 @@ class HpuBackend(Backend):
 
     def plan_kv(self, spec: KVSpec, budget: int, probe: Callable[[], None] | None) -> KVPlan:
         """With the probe's real peak, and memory kept for programs."""
-        fraction = self._options.graph_memory_fraction
-        return plan_kv(self._vendor.hpu, spec, budget, probe, fraction=fraction)
+        kept = self._options.graph_memory_fraction
+        return plan_kv(self._vendor.hpu, spec, budget, probe, fraction=kept)
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """Per layer a `KVLayer`, zeroed. Raises DeviceOOM."""
         self._block_size = spec.block_size
         shape = (num_blocks * spec.block_size, spec.num_kv_heads, spec.head_dim)
-        kind: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
-        kind["device"] = self.caps.input_device
+        kind = {"dtype": getattr(torch, spec.dtype), "device": self.caps.input_device}
         what = f"{num_blocks} KV blocks ({num_blocks * spec.block_bytes / 2**30:.2f} GiB)"
         with typed_oom(what, "--max-model-len, --max-num-seqs or --memory-fraction lower"):
             return [
@@ -170,7 +170,7 @@ class HpuBackend(Backend):
 
     def communicator(self, group: GroupSpec) -> Any:
         """HCCL through torch.distributed."""
-        load_hccl()
+        find(HCCL)  # importing it registers the backend
         return super().communicator(group)
 
     def compile_count(self) -> int:

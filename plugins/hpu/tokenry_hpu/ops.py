@@ -26,6 +26,8 @@ from tokenry_hpu.vendor import Vendor, experts, fp8_gemm, to_fp8
 
 LOW = -1e30
 """A score that loses every maximum; -inf would make NaN of a block that no row sees."""
+FLAT = ("block_list", "block_groups", "block_usage", "block_bases")
+"""Names of `flat_blocks`."""
 FP8_LEAST_ROWS = 256
 """Weights with fewer output rows (routers of experts) stay in the model's dtype."""
 
@@ -64,8 +66,7 @@ def flat_blocks(host: HostBatch, block_size: int) -> Mapping[str, NDArray[np.int
     used = np.minimum(lens[rows] - bases, block_size)
     for into, values in zip(lists, (held, rows, used, bases), strict=True):
         into[: len(rows)] = values
-    names = ("block_list", "block_groups", "block_usage", "block_bases")
-    return dict(zip(names, lists, strict=True))
+    return dict(zip(FLAT, lists, strict=True))
 
 
 class Attention(ReferenceOp):

@@ -14,6 +14,9 @@ from tokenry.backend.contract import DeviceRef
 
 VISIBLE = "HABANA_VISIBLE_MODULES"
 """docs.habana.ai, Multiple Workloads on a Single Docker: comma-separated modules of a process."""
+SYSFS = "sys/class/accel/{}/device"
+HABANA = "0x1da3"
+"""PCI vendor: Habana Labs."""
 FAMILY = {"0x100": "Gaudi", "0x101": "Gaudi", "0x102": "Gaudi 2", "0x106": "Gaudi 3"}
 """First digits of the PCI device id: habanalabs driver, habanalabs_drv.c, PCI_IDS_GAUDI*."""
 
@@ -21,8 +24,8 @@ FAMILY = {"0x100": "Gaudi", "0x101": "Gaudi", "0x102": "Gaudi 2", "0x106": "Gaud
 def find_device(root: Path, environ: Mapping[str, str]) -> DeviceRef | None:
     """None without a device node; score 0, with the reason, for what cannot be used."""
     nodes = [*root.glob("dev/accel/accel[0-9]*"), *root.glob("dev/accel[0-9]*")]
-    names = {path.name for path in nodes}
-    ours = sorted(name for name in names if _vendor(root, name) in ("0x1da3", None))
+    vendors = {path.name: _read(root / SYSFS.format(path.name) / "vendor") for path in nodes}
+    ours = sorted(name for name, vendor in vendors.items() if vendor in (HABANA, None))
     if not ours:
         return None
     name = _generation(root, ours[0])
@@ -44,14 +47,9 @@ def find_device(root: Path, environ: Mapping[str, str]) -> DeviceRef | None:
     return DeviceRef(backend="hpu", index=0, name=name, score=100, why=f"{count} visible")
 
 
-def _vendor(root: Path, node: str) -> str | None:
-    """The PCI vendor of an accel node, None if sysfs does not tell."""
-    return _read(root / "sys/class/accel" / node / "device/vendor")
-
-
 def _generation(root: Path, node: str) -> str:
     """By PCI id, else by what hl-smi says; "Gaudi (unknown)" if neither tells."""
-    pci = _read(root / "sys/class/accel" / node / "device/device") or ""
+    pci = _read(root / SYSFS.format(node) / "device") or ""
     if pci[:5] in FAMILY:
         return FAMILY[pci[:5]]
     model = _ask(root)

@@ -55,15 +55,14 @@ class Programs:
 
         return program
 
-    def _compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _compiled(self, function: Callable[..., Tensor]) -> Any:
         if self._way == "compile":
             # Shapes are ours to check, weights and KV stay where they are: without guards a program
             # can never be compiled twice, and a step does not evaluate thousands of them.
             options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-            compiled: Callable[..., Tensor] = torch.compile(
+            return torch.compile(
                 function, backend=DYNAMO_BACKEND, dynamic=False, fullgraph=True, options=options
             )
-            return compiled
         if self._way == "hpu_graphs":
             return self._vendor.wrap(_Module(function))
         return function

@@ -38,6 +38,9 @@ once, when the vendor's library is loaded.
 """
 COLLECTIVES = "PT_HPU_ENABLE_LAZY_COLLECTIVES"
 """docs, as above: collectives in HPU graphs."""
+HCCL = f"{HABANA}.distributed.hccl"
+RECIPES = "PT_HPU_RECIPE_CACHE_CONFIG"
+"""docs, as above: directory, whether to empty it first, most megabytes."""
 VISIBLE = "HABANA_VISIBLE_MODULES"
 """docs, Multiple Workloads on a Single Docker: comma-separated modules that a process may use."""
 
@@ -104,22 +107,23 @@ class Vendor:
         counting = self.metrics.metric_localcontext("graph_compilation")
         counter = counting.__enter__()  # for as long as the process lives
 
-        def count() -> int:
-            assert counting is not None  # held, or the context ends
+        def count(held: Any = counting) -> int:  # given up, it would end
             return int(counter.stats()[0][1])
 
         return count
 
-    def wrap(self, module: torch.nn.Module) -> torch.nn.Module:
+    def wrap(self, module: torch.nn.Module) -> Any:
         """`module`, recorded at its first call and replayed from then on (lazy mode only)."""
-        wrapped: torch.nn.Module = self.hpu.wrap_in_hpu_graph(module, disable_tensor_cache=True)
-        return wrapped
+        return self.hpu.wrap_in_hpu_graph(module, disable_tensor_cache=True)
 
 
-def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int = 0) -> Vendor:
+def load(
+    environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int = 0, recipes: str = ""
+) -> Vendor:
     """The vendor's modules, in the mode asked for, on the module (device) of that number.
 
-    Writes PT_HPU_LAZY_MODE into `environ` before they are imported. Raises ConfigError if the
+    Writes what they need into `environ` before they are imported: PT_HPU_LAZY_MODE, the module, the
+    directory where compiled recipes are kept. Raises ConfigError if the
     environment says otherwise or they are loaded in the other mode already, BackendError if they
     are not installed.
     """
@@ -138,6 +142,8 @@ def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int 
             mend=f"start the process with {LAZY}={wanted} in its environment",
         )
     needs = {LAZY: wanted} | ({COLLECTIVES: "true"} if lazy else {})
+    if recipes:
+        needs[RECIPES] = f"{recipes},false,16384"
     if module:
         visible = environ.get(VISIBLE, "all")
         needs[VISIBLE] = str(module) if visible == "all" else visible.split(",")[module]
@@ -155,11 +161,6 @@ def load(environ: dict[str, str] | os._Environ[str], *, lazy: bool, module: int 
         blockwise=find(f"{HABANA}.hpex.kernels.RotaryPosEmbeddingMode").BLOCKWISE,
         lazy=lazy,
     )
-
-
-def load_hccl() -> None:
-    """Register the `hccl` backend with torch.distributed (an import does)."""
-    find(f"{HABANA}.distributed.hccl")
 
 
 def find(path: str) -> Any:
