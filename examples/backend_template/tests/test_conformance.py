@@ -1,0 +1,3 @@
+from tokenry.conformance import conformance_tests
+
+test_conformance = conformance_tests("acme")
