@@ -75,6 +75,13 @@ def test_unknown_backend_is_refused_before_anything_starts(command):
     assert "starting the engine process" not in done.stderr
 
 
+def test_a_device_that_the_backend_does_not_have_is_refused():
+    done = run("generate", "demo", "hi", "--backend", "cpu", "--device-index", "4")
+    assert done.returncode == 2
+    assert "one device" in done.stderr
+    assert "--device-index 0" in done.stderr
+
+
 def test_serve_without_a_model_says_so():
     done = run("serve")
     assert done.returncode == 2

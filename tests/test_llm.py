@@ -110,6 +110,41 @@ def test_every_form_of_a_prompt(llm):
         llm.generate({"text": text})
 
 
+@pytest.mark.parametrize(
+    ("prompts", "where"),
+    [(None, "prompts"), (5, "prompts"), (["a", None], "prompts[1]"), ({"prompt": None}, "prompt")],
+    ids=str,
+)
+def test_what_is_no_prompt_is_named(llm, prompts, where):
+    with pytest.raises(RequestError, match="must be a text, token ids") as caught:
+        llm.generate(prompts, greedy())
+    assert caught.value.param.startswith(where)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ("hello", "messages"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([[{"role": "user", "content": "a"}, {"role": "user", "content": None}]],
+         "messages[1].content"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_message_is_named(llm, messages, param):
+    with pytest.raises(RequestError) as caught:
+        llm.chat(messages, greedy())
+    assert caught.value.param == param
+
+
+def test_a_prompt_of_the_whole_context_is_scored(llm):
+    output = llm.generate([[5] * 256], greedy(max_tokens=0, prompt_logprobs=0))[0]
+    assert len(output.prompt_logprobs) == 256
+    with pytest.raises(RequestError, match="maximum context length is 256"):
+        llm.generate([[5] * 256], greedy(max_tokens=1))
+
+
 def test_params_for_each_prompt(llm):
     params = [greedy(max_tokens=1), SamplingParams(max_tokens=2, n=2, seed=1)]
     outputs = llm.generate(["Once upon", "Once upon"], params, use_tqdm=False)

@@ -281,7 +281,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
 def _sampling_options(parser: argparse.ArgumentParser, *, longest: str) -> None:
     text = f"longest answer (default: {longest})"
     parser.add_argument("--max-tokens", type=int, help=text)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1)")
+    text = "0 is greedy, at most 100, with a server 2 (default: 1)"
+    parser.add_argument("--temperature", type=float, default=1.0, help=text)
     parser.add_argument("--seed", type=int, help="same seed, same text")
 
 

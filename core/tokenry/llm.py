@@ -118,6 +118,10 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or many: the chat template makes the prompts."""
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise RequestError(
+                f"messages must be a list, got a {type(messages).__name__}.", param="messages"
+            )
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         encoded = []
@@ -189,7 +193,7 @@ class LLM:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self._tokenizer.encode(prompt)
-        return None, list(prompt)  # type: ignore[arg-type]  # a mapping's prompt is Any
+        return None, _list(prompt, where)
 
     def _run(
         self,
@@ -295,11 +299,21 @@ def _own_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
+def _list(value: Any, where: str) -> list[Any]:
+    try:
+        return list(value)
+    except TypeError:
+        what = "None" if value is None else f"a {type(value).__name__}"
+        raise RequestError(
+            f"{where} is {what}; it must be a text, token ids, or a list of such.", param=where
+        ) from None
+
+
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts from one prompt or several; a list of ints is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    many: list[Any] = list(prompts)
+    many: list[Any] = _list(prompts, "prompts")
     return [many] if many and isinstance(many[0], int) else many
 
 

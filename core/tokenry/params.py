@@ -24,7 +24,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Sampling parameters of one request.
 
     n                    completions of the prompt; completion i draws from seed + i.
-    temperature          0 is greedy.   top_k 0 or -1, top_p 1 and min_p 0 switch their filter off.
+    temperature          0 is greedy, up to 100 (over HTTP up to 2, as in OpenAI's API).
+                         top_k 0 or -1, top_p 1 and min_p 0 switch their filter off.
     presence_penalty, frequency_penalty   subtracted once / per occurrence in the output;
                                           repetition_penalty divides
                          the logits of tokens that prompt or output hold (multiplies negative ones),

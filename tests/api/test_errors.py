@@ -49,6 +49,9 @@ def error_of(response, status):
         ({"detokenize": False}, "detokenize"),
         ({"bad_words": [" "]}, "bad_words"),
         ({"seed": 2**70}, "seed"),
+        ({"user": 3}, "user"),
+        ({"metadata": "x"}, "metadata"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0]",
@@ -104,6 +107,16 @@ def test_answer_that_was_asked_for_must_fit_and_one_that_was_not_is_cut(toy):
     for body in ({**long, "max_tokens": 7}, long):
         usage = toy.http.post("/v1/completions", json=body).json()["usage"]
         assert usage["completion_tokens"] == 7
+
+
+def test_prompt_of_the_whole_context_is_scored_where_no_answer_is_asked_for(toy):
+    body = {"prompt": [5] * 512, "max_tokens": 0, "echo": True, "logprobs": 1}
+    answer = toy.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"][0]["logprobs"]["token_logprobs"]) == 512
+    assert answer.json()["usage"]["completion_tokens"] == 0
+    error_of(toy.http.post("/v1/completions", json={**body, "prompt": [5] * 513}), 400)
+    error_of(toy.http.post("/v1/completions", json={**body, "max_tokens": 1}), 400)
 
 
 def test_metrics_have_our_names_and_those_of_existing_dashboards(toy):

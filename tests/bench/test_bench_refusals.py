@@ -20,6 +20,8 @@ def guarded():
     for line in process.stderr:
         if found := re.search(r"listening on (\S+),", line):
             url = found[1]
+        if line.startswith("try:"):
+            assert "-H 'Authorization: Bearer API_KEY'" in line
         if line.startswith("page:"):
             break
     yield url

@@ -153,7 +153,7 @@ def test_text_parts(style):
             "messages[0].tool_calls[0].function.arguments",
         ),
         ([{"role": "system", "content": "x"}], "messages"),
-        ([{"role": "user"}], "messages"),
+        ([{"role": "user"}], "messages[0].content"),
     ],
     ids=["none", "string", "no-role", "number", "image", "arguments", "refused", "no-content"],
 )

@@ -70,8 +70,6 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
                 f"messages[{i}].role is {role!r}, it must be one of {', '.join(ROLES)}.",
                 param=f"messages[{i}].role",
             )
-        if message.get("content") is None and role != "assistant":
-            raise RequestError(f"messages[{i}].content is missing.", param=f"messages[{i}].content")
 
 
 def render(chat: ChatRequest, tokenizer: Tokenizer) -> Prompt:

@@ -48,19 +48,17 @@ REFUSED = {
 wrong).
 """
 
-HARMLESS = frozenset(
-    [
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "parallel_tool_calls",
-    ]
-)
-"""Fields that do not change the text."""
+HARMLESS: dict[str, type] = {
+    "user": str,
+    "metadata": dict,
+    "store": bool,
+    "service_tier": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "parallel_tool_calls": bool,
+}
+"""Fields that do not change the text, and what they hold."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
@@ -159,7 +157,7 @@ _COPIED = [
 def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, list[str]]:
     """The request, and the fields that mean nothing here (400 for them if `strict`)."""
     _refuse(data)
-    meaningless = HARMLESS | set(REFUSED) | set(_NEUTRAL)
+    meaningless = {*HARMLESS, *REFUSED, *_NEUTRAL}
     request, unknown = decode_known(data, kind, strict=strict, meaningless=meaningless)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true.", param="stream_options")
@@ -196,6 +194,11 @@ def _refuse(data: dict[str, Any]) -> None:
                 param=name,
                 code="unsupported",
             )
+    for name, kind in HARMLESS.items():
+        value = data.get(name)
+        if value is not None and not isinstance(value, kind):
+            what = {str: "a string", dict: "an object", bool: "true or false"}[kind]
+            raise RequestError(f"{name} must be {what}, got {value!r}.", param=name)
     if data.get("store"):
         raise RequestError("store: answers are not stored here.", param="store", code="unsupported")
 

@@ -103,7 +103,7 @@ async def _serve(
         address = _address(listener, config)
         _say(f"listening on {address}, loading {engine_config.model}")
         if await _load(engine, stop):
-            for line in _welcome(engine.ready, address, name):
+            for line in _welcome(engine.ready, address, name, key=bool(config.api_key)):
                 _say(line)
             watching = asyncio.create_task(watch(service, _say))
             await stop.wait()
@@ -168,11 +168,13 @@ def _address(listener: socket.socket, config: ServerConfig) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-def _welcome(ready: Ready, address: str, name: str) -> list[str]:
+def _welcome(ready: Ready, address: str, name: str, *, key: bool) -> list[str]:
     body = f'{{"model":"{name}","prompt":"Once upon a time","max_tokens":200,"stream":true}}'
+    headers = "-H 'Content-Type: application/json'"
+    headers += " -H 'Authorization: Bearer API_KEY'" if key else ""
     return [
         *describe(ready),
-        f"try:  curl -N {address}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+        f"try:  curl -N {address}/v1/completions {headers} -d '{body}'",
         f"page: {address}/",
     ]
 

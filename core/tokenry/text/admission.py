@@ -41,7 +41,7 @@ class Admission:
         """The params, completed. Raises RequestError if the request cannot be served; `param` is
         the prompt's field.
         """
-        self._check_prompt(prompt_ids, param)
+        self._check_prompt(prompt_ids, param, asked=params.max_tokens)
         self._check_ids(param, prompt_ids)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
@@ -61,15 +61,12 @@ class Admission:
             self._check_ids("bad_words", word)
         return complete_params(params, words, self._max_model_len - len(prompt_ids))
 
-    def _check_prompt(self, prompt_ids: Sequence[int], param: str) -> None:
+    def _check_prompt(self, prompt_ids: Sequence[int], param: str, *, asked: int | None) -> None:
         if not prompt_ids:
             raise RequestError("The prompt is empty: it has no token.", param=param)
         check_whole(param, prompt_ids)
         num_prompt, most = len(prompt_ids), self._limits.max_prompt_tokens
-        if num_prompt >= self._max_model_len:
-            raise ContextLengthExceeded(
-                max_model_len=self._max_model_len, num_prompt_tokens=num_prompt, param=param
-            )
+        _check_room(num_prompt, asked, self._max_model_len, param)
         if most is not None and num_prompt > most:
             raise RequestError(
                 f"The prompt has {num_prompt} tokens, a step has {most}, and chunked prefill is "
@@ -121,10 +118,7 @@ def check_answer_length(
     """Raises RequestError if prompt or answer do not fit; `asked` is None where nobody named a
     length, then the answer is cut to what is left. `param` is the prompt's field.
     """
-    if num_prompt >= max_model_len and (asked != 0 or num_prompt > max_model_len):
-        raise ContextLengthExceeded(
-            max_model_len=max_model_len, num_prompt_tokens=num_prompt, param=param
-        )
+    _check_room(num_prompt, asked, max_model_len, param)
     if asked is not None and num_prompt + asked > max_model_len:
         raise RequestError(
             f"This model's maximum context length is {max_model_len} tokens. However, you "
@@ -133,6 +127,14 @@ def check_answer_length(
             param="max_tokens",
             code="context_length_exceeded",
             mend=f"max_tokens of {max_model_len - num_prompt} or less, or none",
+        )
+
+
+def _check_room(num_prompt: int, asked: int | None, max_model_len: int, param: str) -> None:
+    """An answer needs room for one token at least, unless none is asked for."""
+    if num_prompt + (asked != 0) > max_model_len:
+        raise ContextLengthExceeded(
+            max_model_len=max_model_len, num_prompt_tokens=num_prompt, param=param
         )
 
 

@@ -158,6 +158,8 @@ def _plain_messages(messages: Sequence[Message], *, keep_parts: bool) -> list[di
             raise RequestError(
                 f"messages[{i}] must be an object with a role.", param=f"messages[{i}].role"
             )
+        if message.get("content") is None and message["role"] != "assistant":
+            raise RequestError(f"messages[{i}].content is missing.", param=f"messages[{i}].content")
         entry: dict[str, Any] = _plain(message)
         entry["content"] = _content(entry.get("content"), f"messages[{i}].content", keep_parts)
         if entry.get("tool_calls"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenry.backend.contract import DeviceRef, hookimpl
+from tokenry.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenry_cpu.backend import CpuBackend
@@ -32,6 +33,11 @@ def tokenry_open(
     """The backend, if `device` is ours."""
     if device.backend != "cpu":
         return None
+    if device.index != 0:
+        raise ConfigError(
+            f"The cpu backend has one device, there is none of index {device.index}.",
+            mend="--device-index 0; --backend-option threads=N takes fewer cores",
+        )
     from tokenry_cpu.backend import CpuBackend, CpuOptions
 
     return CpuBackend(CpuOptions.parse(options))
