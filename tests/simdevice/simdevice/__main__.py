@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
         sys.exit("usage: python -m simdevice NAME command ...")
     name, *command = arguments
     library()  # a compilation is not the command's
-    memory = int(os.environ.get("SIMDEVICE_MEMORY", 2 << 30))
+    memory = int(os.environ.get("SIMDEVICE_MEMORY", str(2 << 30)))
     os.execvpe(command[0], command, environment(name, memory=memory))
 
 
