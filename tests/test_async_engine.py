@@ -245,6 +245,17 @@ def test_no_room_for_the_socket_is_one_error_that_names_the_directory(tmp_path, 
     assert "TMPDIR" in caught.value.mend
 
 
+def test_a_running_engine_has_no_file_that_a_kill_could_leave(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def story(engine):
+        assert not list(tmp_path.iterdir())
+        output = await last(engine.generate("Once", SamplingParams(max_tokens=3)))
+        assert len(output.outputs[0].token_ids) == 3
+
+    run(story)
+
+
 def test_failed_start_raises_the_cause_with_its_mend(monkeypatch):
     monkeypatch.setenv("TOY_FAIL", "1")
 

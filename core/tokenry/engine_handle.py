@@ -136,6 +136,10 @@ class EngineHandle:
             self._socket.close(linger=0)
             self._socket = None
         self._close_pulse()
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        """As soon as it may go, for nobody removes it after a SIGKILL."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
@@ -143,6 +147,7 @@ class EngineHandle:
     async def _hear(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             data = await socket.recv()
+            self._remove_directory()  # the process is connected: the socket needs no name any more
             try:
                 for event in self._decoder.decode(data):
                     if isinstance(event, Failed):
