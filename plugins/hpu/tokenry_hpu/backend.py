@@ -177,6 +177,6 @@ class HpuBackend(Backend):
         """Programs; what sampling with rare parameters makes of small recipes is not among them."""
         return self._programs.made
 
-    def program_bytes(self) -> int:
+    def program_bytes(self) -> int | None:
         """What stayed taken when each program had run for the first time."""
-        return self._programs.bytes
+        return self._programs.bytes if self._options.graphs != "none" else None
