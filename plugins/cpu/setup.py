@@ -6,6 +6,7 @@ library is loaded. Without a C++ compiler the package installs without them and 
 
 from __future__ import annotations
 
+import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,9 @@ COMMON = [
     "-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall",
     "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi",
 ]  # fmt: skip
+if os.environ.get("TOKENRY_CPU_SANITIZE"):  # `make sanitize`
+    COMMON += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+LINK = ["-pthread", *(flag for flag in COMMON if flag.startswith("-fsanitize"))]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 SOURCES: dict[str, list[str]] = {
     f"csrc/{name}.cpp": [] for name in ("api", "pool", "program", "sample", "isa_plain")
@@ -52,7 +56,7 @@ class Native(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=["-pthread"],
+            extra_postargs=LINK,
             target_lang="c++",
         )
 
