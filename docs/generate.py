@@ -111,7 +111,7 @@ def config_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Made from `core/tokenry/config.py` by `make docs`. A flag wins over the YAML file",
+        "Made from `core/tokenry/config/` by `make docs`. A flag wins over the YAML file",
         "(`--config`, keys as the flags), the file over the variable, that over the default.",
     ]
     for cls in (EngineConfig, ServerConfig):
