@@ -1,11 +1,13 @@
-"""The routes, put together. In: a `Service`. Out: an ASGI application."""
+"""The routes, put together. In: a `Service`. Out: an ASGI application.
+
+A new route is one line in `ENDPOINTS`; the OpenAPI document reads the same list.
+"""
 
 from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tokenry.api import operate, tokenize
@@ -13,29 +15,33 @@ from tokenry.api.chat import chat_completions
 from tokenry.api.completions import completions
 from tokenry.api.errors import on_http_exception, on_tokenry_error
 from tokenry.api.middleware import ApiKey, Faults, RequestId
+from tokenry.api.routes import Endpoint, get, post, routes_of
+from tokenry.api.schema import ChatRequest, CompletionRequest
 from tokenry.api.service import Service
 from tokenry.errors import TokenryError
 
+ENDPOINTS: tuple[Endpoint, ...] = (
+    post("/v1/chat/completions", chat_completions, "Answer a chat.", ChatRequest),
+    post("/v1/completions", completions, "Continue prompts.", CompletionRequest),
+    get("/v1/models", operate.models, "The models served."),
+    get("/v1/models/{id:path}", operate.model, "One model."),
+    post("/tokenize", tokenize.tokenize, "Token ids of a text or chat.", tokenize.Tokenize),
+    post("/detokenize", tokenize.detokenize, "Text of token ids.", tokenize.Detokenize),
+    get("/tokenizer_info", tokenize.tokenizer_info, "The tokenizer's special tokens and sizes."),
+    get("/health", operate.readyz, "As /readyz."),
+    get("/health/integrity", operate.integrity, "The engine checks its books."),
+    get("/livez", operate.livez, "The process runs."),
+    get("/readyz", operate.readyz, "Requests are served; 503 and why if not."),
+    get("/metrics", operate.metrics, "Prometheus metrics.", kind="text/plain"),
+    get("/version", operate.version, "The server's version."),
+    get("/", operate.page, "The page.", kind="text/html"),
+)
+
 
 def make_app(service: Service) -> ASGIApp:
-    """All routes, with errors in OpenAI's shape around them."""
+    """All routes, with errors in their client's shape around them."""
     app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/models", operate.models),
-            Route("/v1/models/{id:path}", operate.model),
-            Route("/tokenize", tokenize.tokenize, methods=["POST"]),
-            Route("/detokenize", tokenize.detokenize, methods=["POST"]),
-            Route("/tokenizer_info", tokenize.tokenizer_info),
-            Route("/health", operate.readyz),
-            Route("/health/integrity", operate.integrity),
-            Route("/livez", operate.livez),
-            Route("/readyz", operate.readyz),
-            Route("/metrics", operate.metrics),
-            Route("/version", operate.version),
-            Route("/", operate.page),
-        ],
+        routes=routes_of(ENDPOINTS),
         exception_handlers={
             TokenryError: on_tokenry_error,
             HTTPException: on_http_exception,

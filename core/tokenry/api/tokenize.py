@@ -20,7 +20,9 @@ from tokenry.api.wire import JSON
 from tokenry.errors import RequestError
 
 
-class _Tokenize(msgspec.Struct, frozen=True, kw_only=True):
+class Tokenize(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /tokenize: a prompt, or a chat."""
+
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -31,7 +33,9 @@ class _Tokenize(msgspec.Struct, frozen=True, kw_only=True):
     return_token_strs: bool | None = None
 
 
-class _Detokenize(msgspec.Struct, frozen=True, kw_only=True):
+class Detokenize(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /detokenize."""
+
     tokens: list[int]
     model: str | None = None
 
@@ -40,7 +44,7 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a prompt or of a chat."""
     service = service_of(request)
     data, strict = await read_json(request), service.config.strict_params
-    wanted, unknown = decode_known(data, _Tokenize, strict=strict)
+    wanted, unknown = decode_known(data, Tokenize, strict=strict)
     service.check_model(wanted.model)
     service.admit()
     tokenizer = service.engine.tokenizer
@@ -75,7 +79,7 @@ async def detokenize(request: Request) -> Response:
     """Text of token ids."""
     service = service_of(request)
     data, strict = await read_json(request), service.config.strict_params
-    wanted, unknown = decode_known(data, _Detokenize, strict=strict)
+    wanted, unknown = decode_known(data, Detokenize, strict=strict)
     service.check_model(wanted.model)
     service.admit()
     tokenizer = service.engine.tokenizer
