@@ -8,7 +8,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 # a thread that waits for work must not burn a core that another process needs
 TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: serve test lint quick slow bench sanitize docs clean
+.PHONY: serve test lint quick slow bench bench-cpu sanitize docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -30,6 +30,11 @@ bench: $(VENV)/dev
 	$(BIN)/tokenry bench throughput $(MODEL)
 	$(BIN)/tokenry bench latency $(MODEL)
 	$(BIN)/python benchmarks/startup.py $(MODEL)
+
+# beside the peers that are found in build/peers (benchmarks/peers/README.md)
+bench-cpu: $(VENV)/dev
+	test -e build/peers/m125/config.json || $(BIN)/python benchmarks/make_model.py build/peers/m125
+	$(BIN)/python benchmarks/cpu_peers.py build/peers/m125 $(ARGS)
 
 # the CPU's kernels under the address and undefined-behaviour sanitizers
 sanitize: $(VENV)/dev

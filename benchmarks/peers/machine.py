@@ -1,0 +1,76 @@
+"""What the machine gives now: its limits, and how much of it others take.
+
+The limits are measured by `limits.c`, compiled here: memory read, fp32 FMA and, where the CPU has
+it, int8 VNNI, on 1 and on all threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("limits.c")
+
+
+def limits(threads: int) -> dict[str, float]:
+    """Rates by name, of one thread and of `threads`; empty without AVX-512 or a compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "limits"
+        command = ["cc", "-O2", "-march=native", "-pthread", str(SOURCE), "-o", str(binary)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            out = subprocess.run([binary, str(threads)], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError):
+            return {}
+    return {name: float(value) for name, value in json.loads(out.stdout).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Clock ticks since boot: of all CPUs, stolen by the hypervisor, of process groups."""
+
+    total: int
+    busy: int
+    stolen: int
+    own: int
+
+    @classmethod
+    def now(cls, groups: set[int]) -> Usage:
+        """Counters of now; `own` adds up the processes of `groups` and this one."""
+        fields = [int(v) for v in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        own = sum(_ticks(Path(p), groups) for p in Path("/proc").glob("[0-9]*"))
+        idle = fields[3] + fields[4]
+        return cls(sum(fields), sum(fields) - idle - fields[7], fields[7], own)
+
+    def since(self, before: Usage) -> tuple[float, float]:
+        """Shares of the machine that the hypervisor and foreign processes took."""
+        total = max(1, self.total - before.total)
+        foreign = (self.busy - before.busy) - (self.own - before.own)
+        return (self.stolen - before.stolen) / total, max(0.0, foreign / total)
+
+
+def _ticks(process: Path, groups: set[int]) -> int:
+    """User and system ticks of a process of `groups`, or of this one; 0 of others."""
+    try:
+        fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:  # it ended
+        return 0
+    mine = int(fields[2]) in groups or process.name == str(os.getpid())
+    return int(fields[11]) + int(fields[12]) if mine else 0
+
+
+def resident_mib(groups: set[int]) -> float:
+    """Greatest resident sets of the groups' processes, added up, in MiB."""
+    total = 0.0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((process / "stat").read_text().rsplit(")", 1)[1].split()[2]) in groups:
+                status = (process / "status").read_text()
+                total += int(status.split("VmHWM:")[1].split()[0]) / 1024
+        except (OSError, IndexError):  # it ended, or is a thread of the kernel
+            continue
+    return total
