@@ -1,4 +1,4 @@
-"""Every error as OpenAI's error object, with the status and headers that its clients obey.
+"""Every error as its route's error object, with the status and headers that its clients obey.
 
 In: exceptions. Out: JSON responses, or the data of a server-sent event where a stream has begun.
 """
@@ -6,12 +6,12 @@ In: exceptions. Out: JSON responses, or the data of a server-sent event where a 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Scope
 
+from tokenry.api.dialects import dialect_of, error_object, status_of
 from tokenry.api.wire import JSON
 from tokenry.errors import Overloaded, RequestError, TokenryError
 
@@ -35,27 +35,22 @@ class HTTPError(RequestError):
         self.status = status
 
 
-def error_object(error: TokenryError) -> dict[str, Any]:
-    """`{"error": {message, type, param, code}}`."""
-    message = error.message if error.mend is None else f"{error.message} (Mend: {error.mend}.)"
-    param = error.param if isinstance(error, RequestError) else None
-    return {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
-
-
-def error_response(error: TokenryError) -> JSON:
-    """The answer to a request that failed."""
+def error_response(error: TokenryError, scope: Scope | None = None) -> JSON:
+    """The answer to a request that failed, in the manner of the scope's route."""
+    dialect = "openai" if scope is None else dialect_of(scope["method"], scope["path"])
+    status = status_of(error, dialect)
     headers: dict[str, str] = {}
-    if error.status == 503:
+    if status in (429, 503):
         headers = {"retry-after": str(RETRY_AFTER_S), "retry-after-ms": str(RETRY_AFTER_S * 1000)}
-    if error.status == 401:
+    if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSON(error_object(error), status_code=error.status, headers=headers)
+    return JSON(error_object(error, dialect), status_code=status, headers=headers)
 
 
 async def on_tokenry_error(request: Request, error: Exception) -> JSON:
     """An error that we raise on purpose."""
     assert isinstance(error, TokenryError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def on_http_exception(request: Request, error: Exception) -> JSON:
@@ -65,7 +60,7 @@ async def on_http_exception(request: Request, error: Exception) -> JSON:
     text = {404: f"There is no route {where}.", 405: f"{where}: this method is not allowed."}
     message = text.get(error.status_code, str(error.detail))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    response = error_response(HTTPError(error.status_code, message, code=code))
+    response = error_response(HTTPError(error.status_code, message, code=code), request.scope)
     response.headers.update(error.headers or {})
     return response
 
@@ -73,4 +68,4 @@ async def on_http_exception(request: Request, error: Exception) -> JSON:
 def fault_response(scope: Scope, error: Exception) -> JSON:
     """A fault of ours: the sender is told, the log has the trace."""
     log.exception("%s %s failed", scope["method"], scope["path"], exc_info=error)
-    return error_response(TokenryError(f"The server failed: {type(error).__name__}."))
+    return error_response(TokenryError(f"The server failed: {type(error).__name__}."), scope)

@@ -70,7 +70,7 @@ class ApiKey:
             code="invalid_api_key",
             mend="Authorization: Bearer KEY",
         )
-        await error_response(error)(scope, receive, send)
+        await error_response(error, scope)(scope, receive, send)
 
     def _known(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
