@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from tokenry.errors import RequestError
+from tokenry.structured import StructuredOutputs, structured_outputs
 
 MAX_LOGPROBS = 20
 """Most alternatives that `logprobs` and `prompt_logprobs` may ask for, as in OpenAI's API."""
@@ -46,6 +47,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                          the prompt.
     logits_processor     name of a registered processor (`Hooks` of the sampler), with `extra_args`
                          as its arguments.
+    structured_outputs   a shape that the whole answer must have: `StructuredOutputs`, or a dict of
+                         its fields.
+    ttft_target_ms, tpot_target_ms, deadline_ms   milliseconds that are good enough: from arrival to
+                         the first token; per token after it, on average; from arrival to the end.
+                         Goodput counts them, the `slo` policy plans by them. None: no target.
     """
 
     n: int = 1
@@ -74,6 +80,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processor: str | None = None
     extra_args: dict[str, Any] | None = None
+    ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
+    deadline_ms: float | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words"):
@@ -85,10 +95,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.allowed_token_ids is not None:
             ids = _tuple("allowed_token_ids", self.allowed_token_ids)
             self._set("allowed_token_ids", ids)
+        if self.structured_outputs is not None:
+            self._set("structured_outputs", structured_outputs(self.structured_outputs))
         self._check_types()
         self._check_ranges()
 
-    def _set(self, name: str, value: tuple[Any, ...]) -> None:
+    def _set(self, name: str, value: object) -> None:
         msgspec.structs.force_setattr(self, name, value)
 
     @property
@@ -101,7 +113,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """The next draw depends on tokens that the host must know first, so the request waits for
         its last token.
         """
-        return bool(self.bad_words_ids or self.logits_processor) or (
+        return bool(self.bad_words_ids or self.logits_processor or self.structured_outputs) or (
             self.presence_penalty != 0
             or self.frequency_penalty != 0
             or self.repetition_penalty != 1
@@ -155,6 +167,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             if value is not None:
                 _range(name, value, 0, MAX_LOGPROBS, whole=True)
+        for name in ("ttft_target_ms", "tpot_target_ms", "deadline_ms"):
+            value = getattr(self, name)
+            if value is not None:
+                _range(name, value, 0, 1e9, open_low=True)
         for token, bias in (self.logit_bias or {}).items():
             _range(f"logit_bias.{token}", bias, -100, 100)
 

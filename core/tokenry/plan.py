@@ -17,10 +17,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Mask = Callable[[], "NDArray[np.int32]"]
+"""Waits for the packed bits [num_words] int32 of the tokens that may be drawn, token 32 * w + b in
+bit b of word w; tokens beyond the last word may not. It is made while the step runs. Raises
+RequestError where the request's grammar cannot go on.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +58,7 @@ class Row:
 
     new_block_ids   appended to the request's blocks before the step.
     sample          the row reaches the request's last token, so a token is drawn from its logits.
+    mask            what its grammar lets be drawn, where the request has one.
     """
 
     request_id: str
@@ -55,6 +66,7 @@ class Row:
     num_new: int
     new_block_ids: tuple[int, ...] = ()
     sample: bool = False
+    mask: Mask | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ import numpy as np
 from tokenry.backend.contract import IntArray
 from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
-from tokenry.plan import NewRequest
-from tokenry.runner.sampler import LogitsProcessor
+from tokenry.plan import Mask, NewRequest
+from tokenry.runner.sampling.processors import LogitsProcessor
 
 
 class RequestState:
@@ -24,12 +24,13 @@ class RequestState:
     feedback   row of the last step's sampled tokens that holds token number num_known, None if
                there is none.
     processor  the request's own logits processor.
+    mask       what its grammar lets this step draw.
     refused    why this device cannot serve the request, None if it can.
     """
 
     __slots__ = (
-        "blocks", "feedback", "num_blocks", "num_known", "num_prompt", "params", "processor",
-        "refused", "seed", "tokens",
+        "blocks", "feedback", "mask", "num_blocks", "num_known", "num_prompt", "params",
+        "processor", "refused", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewRequest, block_size: int) -> None:
@@ -45,6 +46,7 @@ class RequestState:
         self.blocks[: self.num_blocks] = new.block_ids
         self.feedback: int | None = None
         self.processor: LogitsProcessor | None = None
+        self.mask: Mask | None = None
         self.refused: Refusal | None = None
 
     def learn(self, token_ids: tuple[int, ...]) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 from tokenry.errors import Refusal
 from tokenry.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from tokenry.runner.requests import RequestState
-from tokenry.runner.sampler import LOGITS_BROKEN, Draw, Sampled, Scores, score
+from tokenry.runner.sampler import LOGITS_BROKEN, Sampled
+from tokenry.runner.sampling.draw import Draw
+from tokenry.runner.sampling.scores import Scores, score
 from tokenry.runner.shapes import Launch, Share
 
 NAN_LOGITS = (
@@ -26,7 +28,7 @@ NAN_LOGITS = (
 )
 NOTHING_TO_DRAW = (
     "With the request's rules (allowed_token_ids, bad_words, logit_bias, min_tokens with its ends, "
-    "logits_processor) nothing may be drawn here."
+    "logits_processor, structured_outputs) nothing may be drawn here."
 )
 
 

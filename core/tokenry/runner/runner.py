@@ -32,7 +32,9 @@ from tokenry.runner.probe import run_deep_steps
 from tokenry.runner.programs import Programs
 from tokenry.runner.requests import RequestState
 from tokenry.runner.results import Outcome, PartialStep
-from tokenry.runner.sampler import Draw, ProcessorFactory, Sampler
+from tokenry.runner.sampler import Sampler
+from tokenry.runner.sampling.draw import Draw
+from tokenry.runner.sampling.processors import ProcessorFactory
 from tokenry.runner.shapes import Extent, Launch, Share, split
 from tokenry.runner.step_log import StepLog
 from tokenry.runner.trial import try_draws
@@ -243,6 +245,7 @@ class ModelRunner:
         states = [self._requests[row.request_id] for row in plan.rows]
         for row, state in zip(plan.rows, states, strict=True):
             state.hold(row.new_block_ids)
+            state.mask = row.mask
         partial = PartialStep(plan, states)
         shares = [
             self._share(i, row, state)
@@ -358,6 +361,7 @@ class ModelRunner:
             num_prompt=state.num_prompt,
             history=state.history,
             processor=state.processor,
+            mask=state.mask,
         )
 
     def _batch(self, host: HostBatch, previous: Sequence[Tensor]) -> StepBatch:
