@@ -20,6 +20,11 @@ from tokenry.structured import StructuredOutputs, structured_outputs
 MAX_LOGPROBS = 20
 """Most alternatives that `logprobs` and `prompt_logprobs` may ask for, as in OpenAI's API."""
 
+MAX_BREAKERS, MAX_BREAKER = 64, 64
+"""Most `dry_sequence_breakers`, and most characters of one: each is looked for in the text of every
+token.
+"""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters of one request.
@@ -45,6 +50,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                          before these.
     logprobs             alternatives to report per output token, None: none.   prompt_logprobs: for
                          the prompt.
+    typical_p            keeps the tokens whose surprise is nearest to the expected one, up to this
+                         mass (arXiv 2202.00666).   top_n_sigma: keeps logits within so many
+                         standard deviations of the largest (arXiv 2411.07641), 0 or less: off.
+    xtc_probability      how often all but the last of the tokens of at least xtc_threshold are left
+                         out.
+    mirostat             2: keep the surprise near mirostat_tau bits, corrected by mirostat_eta per
+                         token (arXiv 2007.14966), 0: off.
+    dry_multiplier       a token that would go on with a repeat of n tokens loses
+                         dry_multiplier * dry_base ** (n - dry_allowed_length), n at least
+                         dry_allowed_length, within the last dry_range tokens (0: all). Repeats do
+                         not reach over dry_sequence_breakers (dry_breaker_ids: their tokens, filled
+                         by the front).
+    no_repeat_ngram_size no n-gram of this size comes twice, prompt included; 0: off.
     logits_processor     name of a registered processor (`Hooks` of the sampler), with `extra_args`
                          as its arguments.
     structured_outputs   a shape that the whole answer must have: `StructuredOutputs`, or a dict of
@@ -80,16 +98,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processor: str | None = None
     extra_args: dict[str, Any] | None = None
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_range: int = 0
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    dry_breaker_ids: tuple[int, ...] = ()
+    no_repeat_ngram_size: int = 0
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None
     deadline_ms: float | None = None
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stop", "bad_words"):
+        for name in ("stop", "bad_words", "dry_sequence_breakers"):
             value = getattr(self, name)
             self._set(name, (value,) if isinstance(value, str) else _tuple(name, value))
-        self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
+        for name in ("stop_token_ids", "dry_breaker_ids"):
+            self._set(name, _tuple(name, getattr(self, name)))
         words = _tuple("bad_words_ids", self.bad_words_ids)
         self._set("bad_words_ids", tuple(_tuple("bad_words_ids", word) for word in words))
         if self.allowed_token_ids is not None:
@@ -117,16 +150,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             self.presence_penalty != 0
             or self.frequency_penalty != 0
             or self.repetition_penalty != 1
+            or self.dry_multiplier != 0
+            or self.no_repeat_ngram_size != 0
+            or self.mirostat != 0
         )
 
     def _check_types(self) -> None:
         """What msgpack would refuse on the other side, refused here, by name."""
-        for name in ("stop", "bad_words"):
+        for name in ("stop", "bad_words", "dry_sequence_breakers"):
             if not all(isinstance(text, str) for text in getattr(self, name)):
                 raise RequestError(f"{name} must hold strings.", param=name)
         if any(not text for text in self.stop):
             raise RequestError("A stop string must not be empty.", param="stop")
         check_whole("stop_token_ids", self.stop_token_ids)
+        check_whole("dry_breaker_ids", self.dry_breaker_ids)
         check_whole("allowed_token_ids", self.allowed_token_ids or ())
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids must not be empty.", param="allowed_token_ids")
@@ -153,6 +190,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _range("presence_penalty", self.presence_penalty, -2, 2)
         _range("frequency_penalty", self.frequency_penalty, -2, 2)
         _range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        self._check_extras()
         if self.seed is not None:
             _range("seed", self.seed, -(2**63), 2**64 - 1, whole=True)
         if self.max_tokens is not None:
@@ -173,6 +211,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 _range(name, value, 0, 1e9, open_low=True)
         for token, bias in (self.logit_bias or {}).items():
             _range(f"logit_bias.{token}", bias, -100, 100)
+
+    def _check_extras(self) -> None:
+        _range("typical_p", self.typical_p, 0, 1, open_low=True)
+        _range("top_n_sigma", self.top_n_sigma, -1, 1000)
+        _range("xtc_probability", self.xtc_probability, 0, 1)
+        _range("xtc_threshold", self.xtc_threshold, 0, 1)
+        if self.mirostat not in (0, 2) or isinstance(self.mirostat, bool):
+            raise RequestError(
+                f"mirostat must be 0 (off) or 2, got {self.mirostat!r}.", param="mirostat"
+            )
+        _range("mirostat_tau", self.mirostat_tau, 0, 1000)
+        _range("mirostat_eta", self.mirostat_eta, 0, 100)
+        _range("dry_multiplier", self.dry_multiplier, 0, 1000)
+        _range("dry_base", self.dry_base, 1, 1000)
+        _range("dry_allowed_length", self.dry_allowed_length, 1, 10_000, whole=True)
+        _range("dry_range", self.dry_range, 0, 2**31 - 1, whole=True)
+        _range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10_000, whole=True)
+        if len(self.dry_sequence_breakers) > MAX_BREAKERS:
+            text = f"At most {MAX_BREAKERS} dry_sequence_breakers are served."
+            raise RequestError(text, param="dry_sequence_breakers")
+        if any(not 0 < len(text) <= MAX_BREAKER for text in self.dry_sequence_breakers):
+            text = f"A sequence breaker has 1 to {MAX_BREAKER} characters."
+            raise RequestError(text, param="dry_sequence_breakers")
 
 
 _FLAGS = (

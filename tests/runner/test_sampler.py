@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from tokenry.backend.reference import REFERENCE_OPS
 from tokenry.errors import RequestError
 from tokenry.params import SamplingParams
-from tokenry.runner.sampler import Draw, Sampler, installed_processors, score, uniforms
+from tokenry.runner.sampler import Sampler
+from tokenry.runner.sampling.draw import Draw, uniforms
+from tokenry.runner.sampling.processors import installed_processors
+from tokenry.runner.sampling.scores import score
 
 VOCAB = 23
 EOS = 1

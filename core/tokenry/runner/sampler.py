@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from tokenry.backend.base import Op, SampleInputs
+from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
+from tokenry.runner.mask import apply_masks
 from tokenry.runner.sampling.draw import Draw, uniforms
 from tokenry.runner.sampling.processors import (
     LogitsProcessor,
@@ -113,11 +115,11 @@ class Sampler:
         apply_rules(out, ruled, self._eos)
         return out
 
-    def _process(self, out: Tensor, draws: Sequence[Draw | None]) -> dict[int, str]:
+    def _process(self, out: Tensor, draws: Sequence[Draw | None]) -> dict[int, str | Refusal]:
         """Logits processors on their rows, in place (`_adjust` gave these rows a copy); what one
         raises is its row's error.
         """
-        errors: dict[int, str] = {}
+        errors: dict[int, str | Refusal] = {}
         for i, draw in enumerate(draws):
             if draw is None or draw.params.logits_processor is None:
                 continue

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tokenry.backend.base import Backend, StepBatch
 from tokenry.params import SamplingParams
-from tokenry.runner.sampler import Draw, Sampler, score
+from tokenry.runner.sampler import Sampler
+from tokenry.runner.sampling.draw import Draw
+from tokenry.runner.sampling.scores import score
 
 WAYS_TO_DRAW = (
     SamplingParams(temperature=0),

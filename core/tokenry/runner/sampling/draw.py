@@ -1,0 +1,51 @@
+"""What a row brings that draws a token, and its uniform number.
+
+In: a request's parameters, seed and known tokens. Out: `Draw`; numbers in [0, 1) that are a
+function of (seed, position) alone. Knows no logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenry.backend.contract import IntArray
+from tokenry.params import SamplingParams
+from tokenry.plan import Mask
+from tokenry.runner.sampling.processors import LogitsProcessor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One row that draws a token: token number `position` of the request.
+
+    mask   what its grammar lets be drawn; made while the model runs.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    num_prompt: int
+    history: IntArray
+    processor: LogitsProcessor | None = None
+    mask: Mask | None = None
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+    """[n] float32 in [0, 1), a function of (seed, position): two rounds of SplitMix64 (Steele et
+    al., OOPSLA 2014).
+    """
+    with np.errstate(over="ignore"):
+        state = np.array([s & (2**64 - 1) for s in seeds], np.uint64)
+        mixed = _mix(_mix(state) + np.array(positions, np.uint64))
+    return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
