@@ -25,7 +25,7 @@ from tokenry.models.registry import load_spec, pick_dtype
 from tokenry.runner.bucket_file import bucket_settings
 from tokenry.runner.memory import MemoryLimits, check_weights_fit
 from tokenry.runner.runner import ModelRunner, RunnerConfig
-from tokenry.runner.sampler import ProcessorFactory, installed_processors
+from tokenry.runner.sampling.processors import ProcessorFactory, installed_processors
 
 Progress = Callable[[str, float], None]
 
