@@ -28,6 +28,7 @@ UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
         "final_logit_softcapping": 30.0,
     },
     "gpt2": {"activation_function": "gelu_new"},
+    "distilbert": {"max_position_embeddings": 512, "activation": "gelu"},
     "mistral": {"sliding_window": 4096},
     "mixtral": {"rope_theta": 1e6, "num_local_experts": 8},
     "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
@@ -129,18 +130,18 @@ def _config(architecture: str, raw: Mapping[str, Any], eos: tuple[int, ...]) -> 
             raise ValueError(f"{names[0]!r} {said}")
         return value
 
-    hidden = number("hidden_size", "n_embd", "d_model")
-    heads = number("num_attention_heads", "n_head", "num_heads")
+    hidden = number("hidden_size", "n_embd", "d_model", "dim")
+    heads = number("num_attention_heads", "n_head", "num_heads", "n_heads")
     trained_len = number("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden,
-        num_layers=number("num_hidden_layers", "n_layer", "num_layers"),
+        num_layers=number("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         num_heads=heads,
         num_kv_heads=number("num_key_value_heads", default=heads),
         head_dim=number("head_dim", default=hidden // heads),
-        intermediate_size=number("intermediate_size", "n_inner", default=4 * hidden),
+        intermediate_size=number("intermediate_size", "n_inner", "hidden_dim", default=4 * hidden),
         vocab_size=number("vocab_size"),
         trained_len=trained_len,
         max_len=_stretched(raw, trained_len),

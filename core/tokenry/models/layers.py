@@ -164,14 +164,18 @@ class RmsNorm:
 
 
 class LayerNorm:
-    """Mean and variance normalisation with bias."""
+    """Mean and variance normalisation, with a bias or (ModernBERT) without."""
 
-    def __init__(self, loader: Loader, name: str, size: int, eps: float) -> None:
+    def __init__(
+        self, loader: Loader, name: str, size: int, eps: float, biased: bool = True
+    ) -> None:
         self._eps = eps
         self._size = (size,)
-        self.weight = self.bias = torch.empty(0)
+        self.weight = torch.empty(0)
+        self.bias: Tensor | None = None
         loader.expect(f"{name}.weight", self._size, lambda t: setattr(self, "weight", t))
-        loader.expect(f"{name}.bias", self._size, lambda t: setattr(self, "bias", t))
+        if biased:
+            loader.expect(f"{name}.bias", self._size, lambda t: setattr(self, "bias", t))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of x."""

@@ -74,6 +74,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, files=files, num_bytes=num_bytes)
 
 
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """One tensor of the checkpoint. Raises ModelLoadError if there is none of that name."""
+    file = checkpoint.files.get(name)
+    if file is None:
+        raise ModelLoadError(
+            f"{checkpoint.path} has no tensor {name}.",
+            mend="are config.json and the weights of one model, and is the download complete?",
+        )
+    with _open(file) as tensors:
+        return _read(file, tensors, name)
+
+
 def stream_weights(
     path: Path, progress: Progress = lambda share: None
 ) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,389 @@
+"""What becomes of a text's hidden rows: which of them are taken, and what is computed of the one row
+that is left.
+
+In: a model's directory (config.json, sentence-transformers' modules.json with its folders) and the
+user's flags. Out: `PoolingPlan`, and `Head`, which runs on the host in float32, one row at a time,
+so that a row's result does not depend on its batch. Knows nothing of requests.
+
+Source of the files' meaning: sentence-transformers, models/Pooling.py and models/Dense.py; of the
+defaults where files are silent: its Transformer and CrossEncoder classes, and vLLM's pooler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenry.errors import ConfigError, ModelLoadError
+from tokenry.models.config import ModelConfig, read_json
+from tokenry.models.encoder import Method
+from tokenry.models.weights import open_checkpoint, read_tensor
+
+Task = Literal["generate", "embed", "score", "classify", "generate+embed"]
+MODES: Mapping[str, Method] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+"""1_Pooling/config.json's flags -> ours."""
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "tanh": torch.tanh,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+}
+"""Of the layers of a head; sentence-transformers writes the names of torch's classes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadLayer:
+    """x -> norm(act(W x + b)). name: of the tensors in `folder`'s files. norm: name of a LayerNorm,
+    "" if there is none.
+    """
+
+    name: str
+    folder: Path
+    in_size: int
+    out_size: int
+    act: str = "identity"
+    bias: bool = True
+    norm: str = ""
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingPlan:
+    """What a model gives instead of, or beside, tokens.
+
+    task        embed: a vector; classify: a value for each label (one label: a score).
+    method      which rows are taken.
+    normalize   embeddings have length 1 unless a request wants them raw.
+    head        layers after the pooling.
+    act         what turns a classifier's values into probabilities: sigmoid, softmax or identity.
+    width       of the result.       labels  names of a classifier's values.
+    matryoshka  sizes that `dimensions` may ask for; (): any up to the width; None: none.
+    notes       lines for the start-up log.
+    """
+
+    task: Literal["embed", "classify"]
+    method: Method
+    width: int
+    normalize: bool = True
+    head: tuple[HeadLayer, ...] = ()
+    act: str = "identity"
+    labels: tuple[str, ...] = ()
+    matryoshka: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Head:
+    """The layers after the pooling, on the host."""
+
+    def __init__(self, plan: PoolingPlan, *, dummy: bool = False) -> None:
+        """Reads the tensors. Raises ModelLoadError for one that is missing or misshapen."""
+        self._layers = [(layer, *_tensors(layer, dummy)) for layer in plan.head]
+
+    def __call__(self, row: Tensor) -> Tensor:
+        """[in] float32 -> [width] float32."""
+        for layer, weight, bias, norm in self._layers:
+            row = ACTIVATIONS[layer.act](functional.linear(row, weight, bias))
+            if norm is not None:
+                row = functional.layer_norm(row, (layer.out_size,), norm, None, layer.norm_eps)
+        return row
+
+
+def _tensors(layer: HeadLayer, dummy: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    shape = (layer.out_size, layer.in_size)
+    if dummy:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator) * 0.02, None, None
+    checkpoint = open_checkpoint(layer.folder)
+
+    def read(name: str, wanted: tuple[int, ...]) -> Tensor:
+        tensor = read_tensor(checkpoint, name)
+        if tuple(tensor.shape) != wanted:
+            raise ModelLoadError(
+                f"{checkpoint.where(name)}: the tensor {name} has shape {list(tensor.shape)}, "
+                f"{list(wanted)} is needed.",
+                mend="are the configuration and the weights of one model?",
+            )
+        return tensor.float()
+
+    bias = read(f"{layer.name}.bias", shape[:1]) if layer.bias else None
+    norm = read(f"{layer.norm}.weight", shape[:1]) if layer.norm else None
+    return read(f"{layer.name}.weight", shape), bias, norm
+
+
+def plan_pooling(
+    path: Path,
+    config: ModelConfig,
+    *,
+    task: str = "auto",
+    method: str = "auto",
+    matryoshka: bool = False,
+) -> PoolingPlan | None:
+    """What the files and the flags say; None: the model only generates.
+
+    task        --task: auto, generate, embed, score, classify, generate+embed
+    method      --pooling: auto, cls, mean, last
+    matryoshka  embeddings may be cut though the files do not say so.
+    Raises ConfigError for a task that this model cannot do, ModelLoadError for files that ask for
+    what we cannot compute.
+    """
+    kind = _kind(config.architecture)
+    _check_task(config.architecture, kind, task, method)
+    if kind == "classifier":
+        return _classifier(path, config, method)
+    modules = (path / "modules.json").is_file()
+    if kind == "causal" and (task == "generate" or (task == "auto" and not modules)):
+        return None
+    return _embedder(path, config, method, matryoshka=matryoshka, causal=kind != "encoder")
+
+
+def generates(architecture: str, task: str, plan: PoolingPlan | None) -> bool:
+    """Whether the model also gives tokens."""
+    return plan is None or (_kind(architecture) == "causal" and task == "generate+embed")
+
+
+def served_len(path: Path, config: ModelConfig) -> int:
+    """Longest text that the model was made for: max_seq_length of sentence-transformers' file if
+    there is one, and never more than the model has positions.
+    """
+    file = path / "sentence_bert_config.json"
+    length = read_json(file).get("max_seq_length") if file.is_file() else None
+    return min(config.max_len, length) if isinstance(length, int) and length > 0 else config.max_len
+
+
+def _kind(architecture: str) -> Literal["causal", "headless", "encoder", "classifier"]:
+    if architecture.endswith("ForSequenceClassification"):
+        return "classifier"
+    if architecture.startswith(ENCODERS):
+        return "encoder"
+    return (
+        "headless" if architecture.endswith("Model") and "LMHead" not in architecture else "causal"
+    )
+
+
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+"""Beginnings of the names of architectures that see a text from both sides."""
+
+
+def _check_task(architecture: str, kind: str, task: str, method: str) -> None:
+    served = {
+        "causal": ("generate", "embed", "score", "generate+embed"),
+        "headless": ("embed", "score"),
+        "encoder": ("embed", "score"),
+        "classifier": ("score", "classify"),
+    }[kind]
+    if task != "auto" and task not in served:
+        raise ConfigError(
+            f"--task {task}: a {architecture} serves {', '.join(served)}.",
+            mend=f"--task {served[0]}, or none",
+        )
+    if method != "auto" and kind == "causal" and task == "generate":
+        raise ConfigError(f"--pooling {method}: with --task generate nothing is pooled.")
+
+
+# ---- embeddings ------------------------------------------------------------------------------
+
+
+def _embedder(
+    path: Path, config: ModelConfig, method: str, *, matryoshka: bool, causal: bool
+) -> PoolingPlan:
+    modules = _modules(path)
+    head: list[HeadLayer] = []
+    found: Method | None = None
+    normalize, width = not modules, config.hidden_size
+    for name, folder in modules:
+        if name == "Pooling":
+            found = _method(folder, method)
+        elif name == "Dense":
+            head.append(_dense(folder, width))
+            width = head[-1].out_size
+        elif name == "Normalize":
+            normalize = True
+        elif name != "Transformer":
+            raise ModelLoadError(
+                f"{path / 'modules.json'} has a module {name}; known: Transformer, Pooling, Dense, "
+                "Normalize.",
+                mend="another embedding model",
+            )
+    notes = _prompt_notes(path)
+    if method != "auto":
+        found = method  # type: ignore[assignment]  # one of the flag's choices
+    elif found is None:
+        found = "last" if causal else "mean"
+        notes += (f"no file says how to pool: {found}, then length 1 (--pooling chooses)",)
+    return PoolingPlan(
+        task="embed",
+        method=found,
+        width=width,
+        normalize=normalize,
+        head=tuple(head),
+        matryoshka=_matryoshka(config, allowed=matryoshka),
+        notes=notes,
+    )
+
+
+def _modules(path: Path) -> list[tuple[str, Path]]:
+    """(last part of the class's name, folder) in order; [] without modules.json."""
+    file = path / "modules.json"
+    if not file.is_file():
+        return []
+    import json
+
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+        return [(str(m["type"]).rpartition(".")[2], path / str(m["path"])) for m in listed]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(
+            f"{file} cannot be read: {type(error).__name__}: {error}.", mend="download it again"
+        ) from error
+
+
+def _method(folder: Path, asked: str) -> Method | None:
+    """What 1_Pooling/config.json says; not read where a flag says it."""
+    if asked != "auto":
+        return None
+    raw = read_json(folder / "config.json", mend="download it again, or --pooling")
+    modes = raw.get("pooling_mode")
+    names = {"cls": "cls", "mean": "mean", "lasttoken": "last", "last": "last"}
+    on: list[str] = []
+    if isinstance(modes, str):
+        on = [modes]
+    else:
+        on = [name for name, value in raw.items() if name.startswith("pooling_mode_") and value]
+    known: list[Method] = [m for name in on if (m := MODES.get(name) or names.get(name))]  # type: ignore[misc]  # both tables hold methods
+    if len(on) != 1 or not known:
+        raise ModelLoadError(
+            f"{folder / 'config.json'} pools by {', '.join(on) or 'nothing'}; one of cls, mean and "
+            "last token can be served.",
+            mend="--pooling cls, mean or last, if the model allows it",
+        )
+    if raw.get("include_prompt") is False:
+        raise ModelLoadError(
+            f"{folder / 'config.json'}: include_prompt false (the instruction is left out of the "
+            "mean) cannot be served.",
+            mend="another embedding model",
+        )
+    return known[0]
+
+
+def _dense(folder: Path, width: int) -> HeadLayer:
+    raw = read_json(folder / "config.json", mend="download it again")
+    if raw.get("in_features") != width:
+        raise ModelLoadError(
+            f"{folder / 'config.json'} takes {raw.get('in_features')} values, there are {width}.",
+            mend="download the model again",
+        )
+    name = str(raw.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    return HeadLayer(
+        name="linear",
+        folder=folder,
+        in_size=width,
+        out_size=int(raw["out_features"]),
+        act=_activation(name, folder / "config.json"),
+        bias=bool(raw.get("bias", True)),
+    )
+
+
+def _activation(name: str, where: Path) -> str:
+    found = name.rpartition(".")[2].lower()
+    if found not in ACTIVATIONS:
+        raise ModelLoadError(
+            f"{where}: the activation {name} is not known; known: {', '.join(ACTIVATIONS)}.",
+            mend="another model",
+        )
+    return found
+
+
+def _prompt_notes(path: Path) -> tuple[str, ...]:
+    """sentence-transformers can put a text before every input; we leave that to the client."""
+    file = path / "config_sentence_transformers.json"
+    raw = read_json(file) if file.is_file() else {}
+    prompts = {name: text for name, text in (raw.get("prompts") or {}).items() if text}
+    if not prompts:
+        return ()
+    return (
+        f"the model was trained with prompts before its texts ({', '.join(sorted(prompts))}, see "
+        f"{file.name}); they are the client's to write",
+    )
+
+
+def _matryoshka(config: ModelConfig, *, allowed: bool) -> tuple[int, ...] | None:
+    sizes = config.get("matryoshka_dimensions")
+    if isinstance(sizes, list) and sizes:
+        return tuple(sorted(int(size) for size in sizes))
+    return () if allowed or config.get("is_matryoshka") else None
+
+
+# ---- classifiers and rerankers ---------------------------------------------------------------
+
+
+def _classifier(path: Path, config: ModelConfig, method: str) -> PoolingPlan:
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    names = tuple(str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0])))
+    n = len(names)
+    layers, found = _classifier_layers(path, config, n)
+    if method not in ("auto", found):
+        raise ConfigError(f"--pooling {method}: the classifier of this model reads {found}.")
+    return PoolingPlan(
+        task="classify",
+        method=found,
+        width=n,
+        normalize=False,
+        head=layers,
+        act=_classifier_activation(path, config, n),
+        labels=names,
+    )
+
+
+def _classifier_layers(
+    path: Path, config: ModelConfig, n: int
+) -> tuple[tuple[HeadLayer, ...], Method]:
+    """The head as the architecture has it in transformers, and the row that it reads."""
+    H = config.hidden_size
+
+    def layer(name: str, out: int, act: str = "identity", **more: Any) -> HeadLayer:
+        return HeadLayer(name=name, folder=path, in_size=H, out_size=out, act=act, **more)
+
+    family = config.architecture.removesuffix("ForSequenceClassification")
+    if family == "Bert":
+        return (layer("bert.pooler.dense", H, "tanh"), layer("classifier", n)), "cls"
+    if family in ("Roberta", "XLMRoberta"):
+        return (layer("classifier.dense", H, "tanh"), layer("classifier.out_proj", n)), "cls"
+    if family == "DistilBert":
+        return (layer("pre_classifier", H, "relu"), layer("classifier", n)), "cls"
+    if family == "ModernBert":
+        act = _activation(config.get("classifier_activation", "gelu"), path / "config.json")
+        dense = layer(
+            "head.dense",
+            H,
+            act,
+            bias=bool(config.get("classifier_bias", False)),
+            norm="head.norm",
+            norm_eps=config.get("norm_eps", 1e-5),
+        )
+        found: Method = config.get("classifier_pooling", "cls")
+        return (dense, layer("classifier", n)), found
+    return (layer("score", n, bias=False),), "last"
+
+
+def _classifier_activation(path: Path, config: ModelConfig, n: int) -> str:
+    """What the files say, else sigmoid for one label and softmax for more."""
+    nested = (config.get("sentence_transformers") or {}).get("activation_fn")
+    said = nested or config.get("sbert_ce_default_activation_function")
+    if said is not None:
+        return _activation(str(said), path / "config.json")
+    kind = config.get("problem_type")
+    if kind == "regression":
+        return "identity"
+    return "sigmoid" if n == 1 or kind == "multi_label_classification" else "softmax"
