@@ -15,6 +15,7 @@ import msgspec
 from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
+from tokenry.pooling import PoolingFacts, PoolingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -25,6 +26,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defa
     priority      lower runs first, under the priority policy.
     cache_salt    separates prefix-cache entries of tenants.
     eos_token_ids the model's own end tokens, unless params.ignore_eos.
+    pooling       the request ends with a vector after its prompt; params then has max_tokens 0.
     """
 
     request_id: str
@@ -34,6 +36,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defa
     priority: int = 0
     cache_salt: str = ""
     lora_name: str | None = None
+    pooling: PoolingParams | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -65,6 +68,7 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
     finish_reason    set in the last event; error then has the text if it is "error", and refusal
                      all there is to say if the request itself is at fault.
     stop_reason      the stop token id that ended it (None for EOS and length).
+    pooled           the vector of a pooling request, float32 little-endian, in its last event.
     times            monotonic seconds of the engine's clock: queued, first scheduled, this event.
     """
 
@@ -76,6 +80,7 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
     stop_reason: int | None = None
     error: str | None = None
     refusal: Refusal | None = None
+    pooled: bytes | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     queued_s: float = 0.0
@@ -120,12 +125,16 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     max_top_k           largest top_k that the device draws from.
     priorities          whether the queue knows priorities.
     logits_processors   names of those installed; None: not told.
+    tokens              whether the model gives tokens at all; vectors: what vectors it gives, None
+                        if none.
     """
 
     max_prompt_tokens: int | None = None
     max_top_k: int | None = None
     priorities: bool = False
     logits_processors: tuple[str, ...] | None = None
+    tokens: bool = True
+    vectors: PoolingFacts | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
+from tokenry.pooling import PoolingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +43,8 @@ class NewRequest:
                  border.
     block_ids    blocks held before this step's row adds its own (prefix-cache hits).
     seed         the request's own random stream; with the output position it fixes every draw.
+    mu           mirostat's bound after the last token, None before the first.
+    pooling      the row that reaches the prompt's end gives a vector, and no token is drawn.
     """
 
     request_id: str
@@ -50,6 +53,8 @@ class NewRequest:
     params: SamplingParams
     seed: int
     block_ids: tuple[int, ...] = ()
+    mu: float | None = None
+    pooling: PoolingParams | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +113,8 @@ class RowResult:
     prompt_logprobs   for the positions of this row that are prompt: entry i is about token
                       num_computed + i + 1.
     error             the row could not be computed (NaN logits): the request fails with this text.
+    mu                mirostat's bound after the sampled token, where the request uses it.
+    pooled            the vector of a pooling request, float32 little-endian.
     refusal           set beside error where the request asks for what cannot be served.
     """
 
@@ -115,8 +122,10 @@ class RowResult:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    pooled: bytes | None = None
     error: str | None = None
     refusal: Refusal | None = None
+    mu: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.request import Request
-from tokenry.errors import Refusal
+from tokenry.errors import Refusal, RequestError
 from tokenry.messages import FinishReason, TokensEvent
 
 
@@ -55,6 +55,19 @@ def event_of(request: Request, **news: object) -> TokensEvent:
         event_s=time.monotonic(),
         **news,  # type: ignore[arg-type]  # fields of TokensEvent, named by the callers
     )
+
+
+def check_length(num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Raises RequestError for a prompt that is empty, or leaves no room for the answer wanted."""
+    if num_prompt == 0:
+        raise RequestError("The prompt has no tokens.", param="prompt")
+    if num_prompt + (max_tokens != 0) > max_model_len:
+        raise RequestError(
+            f"This model's maximum context length is {max_model_len} tokens. "
+            f"However, your prompt has {num_prompt} tokens.",
+            param="prompt",
+            code="context_length_exceeded",
+        )
 
 
 def too_large(blocks: BlockManager, num_tokens: int) -> Refusal:

@@ -62,7 +62,7 @@ class BlockManager:
     @property
     def num_usable(self) -> int:
         """Blocks that requests can hold in all."""
-        return self.num_blocks - 1
+        return max(0, self.num_blocks - 1)
 
     @property
     def num_held(self) -> int:
@@ -70,8 +70,8 @@ class BlockManager:
         return self.num_usable - len(self._unheld)
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that so many tokens need."""
-        return -(-num_tokens // self.block_size)
+        """Blocks that so many tokens need; none where there is no KV."""
+        return 0 if self.num_blocks == 0 else -(-num_tokens // self.block_size)
 
     def find_prefix(
         self, root: bytes, tokens: Sequence[int], max_blocks: int

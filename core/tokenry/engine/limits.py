@@ -8,7 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """What the engine may hand out."""
+    """What the engine may hand out.
+
+    num_blocks   0: the model has no KV, and requests need no blocks.
+    pools_whole  a pooling request needs every token of its prompt computed, not only the last.
+    """
 
     num_blocks: int
     block_size: int
@@ -20,6 +24,7 @@ class EngineLimits:
     policy: Literal["fcfs", "priority"] = "fcfs"
     overlap: bool = True
     seed: int = 0
+    pools_whole: bool = False
 
     def __post_init__(self) -> None:
         assert self.chunked_prefill or self.max_num_batched_tokens >= self.max_model_len, (

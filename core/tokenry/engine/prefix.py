@@ -11,11 +11,13 @@ from tokenry.engine.block_manager import BlockManager, block_hash, root_hash
 from tokenry.engine.request import Request
 
 
-def find_prefix(blocks: BlockManager, request: Request) -> tuple[list[int], list[bytes]]:
-    """Cached blocks and their hashes; none for a request that scores its prompt, for then every
-    token must be computed, as the last token always must.
+def find_prefix(
+    blocks: BlockManager, request: Request, *, pools_whole: bool = False
+) -> tuple[list[int], list[bytes]]:
+    """Cached blocks and their hashes; none for a request that scores its prompt or pools over all
+    of it, for then every token must be computed, as the last token always must.
     """
-    if request.scores_prompt:
+    if request.scores_prompt or (pools_whole and request.pooling is not None):
         return [], []
     root = root_hash(request.cache_salt, request.lora_name)
     most = (len(request.tokens) - 1) // blocks.block_size

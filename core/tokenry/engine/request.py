@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tokenry.messages import AddRequest
 from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
+from tokenry.pooling import PoolingParams
 
 
 class Status(enum.Enum):
@@ -33,6 +34,7 @@ class Request:
     block_ids      blocks held, in the order of the tokens.
     block_hashes   chained hashes of the full blocks that are entered in the prefix cache, or came
                    from it.
+    mu             mirostat's bound after the last token, as the runner told it.
     epoch          counts preemptions, so that a result of an older life does not touch a newer
                    one's blocks.
     """
@@ -50,12 +52,14 @@ class Request:
     lora_name: str | None
     max_len: int
     queued_s: float
+    pooling: PoolingParams | None = None
     status: Status = Status.WAITING
     num_computed: int = 0
     num_pending: int = 0
     num_cached: int = 0
     epoch: int = 0
     scheduled_s: float = 0.0
+    mu: float | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -89,6 +93,7 @@ class Request:
             lora_name=message.lora_name,
             max_len=min(max_model_len, len(message.token_ids) + room),
             queued_s=now_s,
+            pooling=message.pooling,
         )
 
     @property

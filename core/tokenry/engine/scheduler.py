@@ -26,7 +26,7 @@ import bisect
 import time
 from dataclasses import dataclass
 
-from tokenry.engine.answers import event_of, take_tokens, too_large
+from tokenry.engine.answers import check_length, event_of, take_tokens, too_large
 from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.limits import Counters, EngineLimits
 from tokenry.engine.prefix import enter_blocks, find_prefix
@@ -73,15 +73,7 @@ class Scheduler:
         num_prompt = len(message.token_ids)
         if message.request_id in self._requests:
             raise RequestError(f"Request id {message.request_id!r} is in use.", param="request_id")
-        if num_prompt == 0:
-            raise RequestError("The prompt has no tokens.", param="prompt")
-        if num_prompt + (message.params.max_tokens != 0) > limits.max_model_len:
-            raise RequestError(
-                f"This model's maximum context length is {limits.max_model_len} tokens. "
-                f"However, your prompt has {num_prompt} tokens.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        check_length(num_prompt, message.params.max_tokens, limits.max_model_len)
         self._arrivals += 1
         urgency = (
             message.priority * AGING_STEPS + self.counters.steps
@@ -185,7 +177,7 @@ class Scheduler:
                 refusal = too_large(self.blocks, len(request.tokens))
                 self._fail(request, refusal.message, refusal)
                 continue
-            prefix, hashes = find_prefix(self.blocks, request)
+            prefix, hashes = find_prefix(self.blocks, request, pools_whole=self.limits.pools_whole)
             num_cached = len(prefix) * self.limits.block_size
             num_new = len(request.tokens) - num_cached
             if num_new > budget and not self.limits.chunked_prefill:
@@ -206,6 +198,8 @@ class Scheduler:
                     params=request.params,
                     seed=request.seed,
                     block_ids=tuple(prefix),
+                    pooling=request.pooling,
+                    mu=request.mu,
                 )
             )
             self._plan_row(planned, request, num_new, block_ids)
@@ -336,10 +330,12 @@ class Scheduler:
         """
         taken = take_tokens(request, row.token_ids)
         finish = taken.finish
+        request.mu = request.mu if row.mu is None else row.mu
         self.counters.generation_tokens += taken.count
         done = planned.row.num_computed + planned.row.num_new
         if finish is None and not planned.row.sample and done >= request.max_len:
-            finish = "length"  # nothing was to be drawn (max_tokens 0)
+            # nothing was to be drawn (max_tokens 0, or a vector is all that is wanted)
+            finish = "length" if request.pooling is None else "stop"
         if planned.epoch == request.epoch and request.status is Status.RUNNING:
             enter_blocks(self.blocks, request, done)
         if taken.count or finish:
@@ -351,6 +347,7 @@ class Scheduler:
                 logprobs=row.logprobs[: taken.count],
                 finish_reason=finish,
                 stop_reason=taken.stop_reason,
+                pooled=row.pooled,
             )
 
     def _emit(self, request: Request, **news: object) -> None:
@@ -391,7 +388,8 @@ class Scheduler:
             running = request in self._running
             assert running == (request.status is Status.RUNNING), request
             assert running or not request.block_ids, request
-            assert len(request.block_ids) * size >= request.num_computed, request
+            held = len(request.block_ids) * size if self.blocks.num_blocks else request.num_computed
+            assert held >= request.num_computed, request
         keys = [r.key for r in self._running]
         assert keys == sorted(keys), keys
         assert len(self._waiting) + len(self._running) == len(self._requests)

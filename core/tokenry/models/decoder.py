@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -215,13 +215,25 @@ def make_norm(loader: Loader, name: str, size: int, plan: DecoderPlan) -> Norm:
     return RmsNorm(loader, name, size, plan.norm_eps, plus_one=plan.norm == "rms_plus_one")
 
 
+Gives = Literal["logits", "hidden", "both"]
+"""Of a wanted row: logits [vocab]; the last norm's output [hidden], for embeddings (the head is not
+even loaded); or the one after the other, [hidden + vocab].
+"""
+
+
 class Decoder:
     """A whole model, built empty; `load` fills it."""
 
     def __init__(
-        self, loader: Loader, config: ModelConfig, plan: DecoderPlan, *, max_len: int
+        self,
+        loader: Loader,
+        config: ModelConfig,
+        plan: DecoderPlan,
+        *,
+        max_len: int,
+        gives: Gives = "logits",
     ) -> None:
-        self._loader, self._plan = loader, plan
+        self._loader, self._plan, self._gives = loader, plan, gives
         scale = plan.embed_scale  # rounded to the model's dtype, as the models were trained
         self._embed_scale = (
             None if scale is None else float(torch.tensor(scale, dtype=loader.dtype))
@@ -239,7 +251,11 @@ class Decoder:
             self._layers.append(Layer(loader, f"layers.{i}", config, plan, layer, table=table))
         self._norm = make_norm(loader, plan.final_norm, config.hidden_size, plan)
         tied = self._embed if config.tied else None
-        self._head = LMHead(loader, config.hidden_size, config.vocab_size, tied=tied)
+        self._head = (
+            None
+            if gives == "hidden"
+            else LMHead(loader, config.hidden_size, config.vocab_size, tied=tied)
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -248,10 +264,15 @@ class Decoder:
 
     def load(self, weights: WeightIter) -> None:
         """Fill it from checkpoint tensors."""
-        self._loader.load(weights, self._plan.rename, _ignorable)
+        headless = self._head is None
+        self._loader.load(
+            weights,
+            self._plan.rename,
+            lambda name: _ignorable(name) or (headless and name.startswith(("lm_head.", "score."))),
+        )
 
     def __call__(self, batch: StepBatch, kv: KV) -> Tensor:
-        """Logits [R, vocab] float32."""
+        """Logits [R, vocab] float32, or what else the model gives."""
         plan = self._plan
         x = self._embed(batch.token_ids)
         if self._embed_scale is not None:
@@ -264,12 +285,14 @@ class Decoder:
         rows = batch.logit_rows.long()
         x = x[rows]
         y = self._norm.add(delta[rows], x)[0] if delta is not None else self._norm(x)
+        if self._head is None:
+            return y.float()
         logits = self._head(y)
         if plan.logits_divisor is not None:
             logits = logits / plan.logits_divisor
         if plan.final_softcap is not None:
             logits = plan.final_softcap * torch.tanh(logits / plan.final_softcap)
-        return logits
+        return torch.cat((y.float(), logits), -1) if self._gives == "both" else logits
 
 
 def _table(

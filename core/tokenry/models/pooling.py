@@ -1,5 +1,5 @@
-"""What becomes of a text's hidden rows: which of them are taken, and what is computed of the one row
-that is left.
+"""What becomes of a text's hidden rows: which of them are taken, and what is computed of the one
+row that is left.
 
 In: a model's directory (config.json, sentence-transformers' modules.json with its folders) and the
 user's flags. Out: `PoolingPlan`, and `Head`, which runs on the host in float32, one row at a time,
@@ -30,8 +30,11 @@ MODES: Mapping[str, Method] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
+    "cls": "cls",
+    "mean": "mean",
+    "lasttoken": "last",
 }
-"""1_Pooling/config.json's flags -> ours."""
+"""1_Pooling/config.json's flags, and its newer one name -> ours."""
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "tanh": torch.tanh,
@@ -200,11 +203,11 @@ def _embedder(
 ) -> PoolingPlan:
     modules = _modules(path)
     head: list[HeadLayer] = []
-    found: Method | None = None
+    found: Method | None = None if method == "auto" else _named(method)
     normalize, width = not modules, config.hidden_size
     for name, folder in modules:
         if name == "Pooling":
-            found = _method(folder, method)
+            found = _method(folder) if found is None else found
         elif name == "Dense":
             head.append(_dense(folder, width))
             width = head[-1].out_size
@@ -217,9 +220,7 @@ def _embedder(
                 mend="another embedding model",
             )
     notes = _prompt_notes(path)
-    if method != "auto":
-        found = method  # type: ignore[assignment]  # one of the flag's choices
-    elif found is None:
+    if found is None:
         found = "last" if causal else "mean"
         notes += (f"no file says how to pool: {found}, then length 1 (--pooling chooses)",)
     return PoolingPlan(
@@ -249,20 +250,19 @@ def _modules(path: Path) -> list[tuple[str, Path]]:
         ) from error
 
 
-def _method(folder: Path, asked: str) -> Method | None:
-    """What 1_Pooling/config.json says; not read where a flag says it."""
-    if asked != "auto":
-        return None
+def _named(method: str) -> Method:
+    """The flag's value."""
+    known: Mapping[str, Method] = {"cls": "cls", "mean": "mean", "last": "last"}
+    return known[method]
+
+
+def _method(folder: Path) -> Method:
+    """What 1_Pooling/config.json says."""
     raw = read_json(folder / "config.json", mend="download it again, or --pooling")
-    modes = raw.get("pooling_mode")
-    names = {"cls": "cls", "mean": "mean", "lasttoken": "last", "last": "last"}
-    on: list[str] = []
-    if isinstance(modes, str):
-        on = [modes]
-    else:
-        on = [name for name, value in raw.items() if name.startswith("pooling_mode_") and value]
-    known: list[Method] = [m for name in on if (m := MODES.get(name) or names.get(name))]  # type: ignore[misc]  # both tables hold methods
-    if len(on) != 1 or not known:
+    mode = raw.get("pooling_mode")  # newer files; older ones have a flag for each
+    on = [name for name, value in raw.items() if name.startswith("pooling_mode_") and value]
+    on = [mode] if isinstance(mode, str) else on
+    if len(on) != 1 or on[0] not in MODES:
         raise ModelLoadError(
             f"{folder / 'config.json'} pools by {', '.join(on) or 'nothing'}; one of cls, mean and "
             "last token can be served.",
@@ -274,7 +274,7 @@ def _method(folder: Path, asked: str) -> Method | None:
             "mean) cannot be served.",
             mend="another embedding model",
         )
-    return known[0]
+    return MODES[on[0]]
 
 
 def _dense(folder: Path, width: int) -> HeadLayer:

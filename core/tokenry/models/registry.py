@@ -16,11 +16,13 @@ from typing import Any
 from tokenry.backend.base import StepFn, WeightIter
 from tokenry.backend.contract import Caps
 from tokenry.backend.ops import OpTable
-from tokenry.errors import ModelLoadError
+from tokenry.errors import ModelLoadError, UnknownArchitecture
 from tokenry.models.config import ModelConfig, read_config
-from tokenry.models.decoder import Decoder, DecoderPlan, decoder_step
+from tokenry.models.decoder import Decoder, DecoderPlan, Gives, decoder_step
+from tokenry.models.encoder_spec import load_encoder
 from tokenry.models.foreign import check_fields
 from tokenry.models.layers import Loader
+from tokenry.models.pooling import ENCODERS, PoolingPlan, served_len
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
 
 NATIVE: Mapping[str, str] = {
@@ -43,8 +45,10 @@ NATIVE: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeSpec:
-    """A `backend.base.ModelSpec` with what the runner needs to size its KV. notes: lines for the
-    start-up log.
+    """A `backend.base.ModelSpec` with what the runner needs to size its KV.
+
+    notes    lines for the start-up log.
+    gives    what a step gives of a row; pooling: what becomes of it, None where nothing is pooled.
     """
 
     path: Path
@@ -54,6 +58,8 @@ class NativeSpec:
     max_model_len: int
     dummy: bool
     notes: tuple[str, ...] = ()
+    gives: Gives = "logits"
+    pooling: PoolingPlan | None = None
 
     @property
     def architecture(self) -> str:
@@ -109,7 +115,7 @@ class NativeSpec:
         if not self.dummy:
             return open_checkpoint(self.path).stream(progress)
         loader = Loader(OpTable(), dtype=self.dtype, device="meta")
-        shapes = Decoder(loader, self.model, self.plan, max_len=1).shapes
+        shapes = Decoder(loader, self.model, self.plan, max_len=1, gives=self.gives).shapes
         return dummy_weights(shapes, self.dtype, progress)
 
     def torch_step(self, weights: WeightIter, ops: OpTable, caps: Caps) -> StepFn:
@@ -117,7 +123,7 @@ class NativeSpec:
         where = str if self.dummy else open_checkpoint(self.path).where
         loader = Loader(ops, dtype=self.dtype, device=caps.input_device, where=where)
         plan = replace(self.plan, rename=lambda n, t: [(n, t)]) if self.dummy else self.plan
-        decoder = Decoder(loader, self.model, plan, max_len=self.max_model_len)
+        decoder = Decoder(loader, self.model, plan, max_len=self.max_model_len, gives=self.gives)
         decoder.load(weights)
         return decoder_step(decoder)
 
@@ -129,14 +135,28 @@ def load_spec(
     max_model_len: int | None = None,
     dummy: bool = False,
     trust_remote_code: bool = False,
+    pooling: PoolingPlan | None = None,
+    tokens: bool = True,
 ) -> Any:
-    """The NativeSpec or FallbackSpec of a checkpoint; dtype is resolved already, see `pick_dtype`.
+    """The NativeSpec, EncoderSpec or FallbackSpec of a checkpoint; dtype is resolved already, see
+    `pick_dtype`.
 
+    pooling  what is computed of hidden rows, see `plan_pooling`; None: nothing but tokens.
+    tokens   whether the model also generates.
     Raises ModelLoadError, UnknownArchitecture.
     """
     model = read_config(path)
-    length = max_model_len or model.max_len
+    if pooling is not None and model.architecture.startswith(ENCODERS):
+        length = max_model_len or served_len(path, model)
+        return load_encoder(path, model, pooling, dtype=dtype, max_model_len=length, dummy=dummy)
+    length = max_model_len or (model.max_len if pooling is None else served_len(path, model))
+    model = replace(model, architecture=_causal(model.architecture))
     entry = NATIVE.get(model.architecture)
+    if entry is None and pooling is not None:
+        raise UnknownArchitecture(
+            f"{model.architecture} has no native implementation here, and only those give vectors.",
+            mend=f"one of {', '.join(NATIVE)}",
+        )
     if entry is None:
         from tokenry.models.fallback import load_fallback
 
@@ -157,8 +177,21 @@ def load_spec(
         dtype=dtype,
         max_model_len=length,
         dummy=dummy,
-        notes=notes,
+        notes=notes + (pooling.notes if pooling is not None else ()),
+        gives="logits" if pooling is None else "both" if tokens else "hidden",
+        pooling=pooling,
     )
+
+
+def _causal(architecture: str) -> str:
+    """The name under which the same decoder generates: a head for classes, or none, is a file's
+    matter.
+    """
+    for ending in ("ForSequenceClassification", "Model"):
+        if architecture.endswith(ending) and not architecture.endswith("LMHeadModel"):
+            family = architecture.removesuffix(ending)
+            return "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    return architecture
 
 
 def _check_length(model: ModelConfig, length: int, *, learned: bool) -> tuple[str, ...]:

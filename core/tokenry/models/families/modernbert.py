@@ -66,7 +66,7 @@ def plan(config: ModelConfig) -> EncoderPlan:
 
 
 def _rope(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """transformers 5 has parameters per kind of layer, older files two thetas."""
+    """Parameters per kind of layer as transformers 5 writes them, or two thetas as older files."""
     own = (config.get("rope_parameters") or {}).get(kind)
     if own is not None:
         return {"rope_type": "default", "rope_theta": _THETA[kind], **own}
