@@ -28,7 +28,7 @@ def test_variables_of_either_config_are_known_to_both():
     [
         ("port", -1),
         ("max_body_bytes", 0),
-        ("max_waiting", -1),
+        ("max_queue", -1),
         ("keep_alive_s", 0),
         ("keep_alive_s", -1),
         ("keep_alive_s", "nan"),

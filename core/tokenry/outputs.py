@@ -50,6 +50,7 @@ class RequestMetrics:
     """
 
     arrival_s: float
+    scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
 

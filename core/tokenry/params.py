@@ -70,6 +70,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ttft_target_ms, tpot_target_ms, deadline_ms   milliseconds that are good enough: from arrival to
                          the first token; per token after it, on average; from arrival to the end.
                          Goodput counts them, the `slo` policy plans by them. None: no target.
+    ttft_target_ms, tpot_target_ms, deadline_ms   milliseconds that are good enough: from arrival to
+                         the first token; per token after it, on average; from arrival to the end.
+                         Goodput counts them, the `slo` policy plans by them. None: no target.
     """
 
     n: int = 1
@@ -98,6 +101,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processor: str | None = None
     extra_args: dict[str, Any] | None = None
+    ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
+    deadline_ms: float | None = None
     typical_p: float = 1.0
     top_n_sigma: float = 0.0
     xtc_probability: float = 0.0
@@ -205,6 +211,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             if value is not None:
                 _range(name, value, 0, MAX_LOGPROBS, whole=True)
+        for name in ("ttft_target_ms", "tpot_target_ms", "deadline_ms"):
+            value = getattr(self, name)
+            if value is not None:
+                _range(name, value, 0, 1e9, open_low=True)
         for name in ("ttft_target_ms", "tpot_target_ms", "deadline_ms"):
             value = getattr(self, name)
             if value is not None:

@@ -14,7 +14,7 @@ from tokenry.api import operate, tokenize
 from tokenry.api.chat import chat_completions
 from tokenry.api.completions import completions
 from tokenry.api.errors import on_http_exception, on_tokenry_error
-from tokenry.api.middleware import ApiKey, Faults, RequestId
+from tokenry.api.middleware import Faults, guarded
 from tokenry.api.routes import Endpoint, get, post, routes_of
 from tokenry.api.schema import ChatRequest, CompletionRequest
 from tokenry.api.service import Service
@@ -49,4 +49,4 @@ def make_app(service: Service) -> ASGIApp:
         middleware=[Middleware(Faults)],
     )
     app.state.service = service
-    return RequestId(ApiKey(app, keys=service.config.api_key))
+    return guarded(app, service)

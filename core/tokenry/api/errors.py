@@ -6,12 +6,14 @@ In: exceptions. Out: JSON responses, or the data of a server-sent event where a 
 from __future__ import annotations
 
 import logging
+import math
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Scope
 
 from tokenry.api.dialects import dialect_of, error_object, status_of
+from tokenry.api.limits import QuotaExceeded
 from tokenry.api.wire import JSON
 from tokenry.errors import Overloaded, RequestError, TokenryError
 
@@ -40,8 +42,12 @@ def error_response(error: TokenryError, scope: Scope | None = None) -> JSON:
     dialect = "openai" if scope is None else dialect_of(scope["method"], scope["path"])
     status = status_of(error, dialect)
     headers: dict[str, str] = {}
-    if status in (429, 503):
-        headers = {"retry-after": str(RETRY_AFTER_S), "retry-after-ms": str(RETRY_AFTER_S * 1000)}
+    if isinstance(error, QuotaExceeded) and error.retry_after_s is None:
+        headers["x-should-retry"] = "false"  # openai's clients obey it
+    elif status in (429, 503):
+        wait_s = error.retry_after_s if isinstance(error, QuotaExceeded) else RETRY_AFTER_S
+        headers["retry-after"] = str(math.ceil(wait_s or 0))
+        headers["retry-after-ms"] = str(math.ceil((wait_s or 0) * 1000))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return JSON(error_object(error, dialect), status_code=status, headers=headers)

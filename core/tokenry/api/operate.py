@@ -92,7 +92,7 @@ async def metrics(request: Request) -> Response:
     if service.engine.is_ready:
         with contextlib.suppress(TimeoutError, TokenryError):
             await asyncio.wait_for(service.engine.stats(), _STATS_PATIENCE_S)
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(service.all_metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def page(request: Request) -> Response:

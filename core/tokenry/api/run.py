@@ -15,6 +15,7 @@ from types import TracebackType
 
 from starlette.requests import Request
 
+from tokenry.api.caller import caller
 from tokenry.api.request_log import Account
 from tokenry.api.service import Service
 from tokenry.errors import RequestError, StepFailed
@@ -38,11 +39,12 @@ class Run:
 
     def __init__(self, service: Service, request_id: str) -> None:
         self._service = service
+        self._engine = service.engine  # the service may get another one, this run does not
+        self._caller = caller()
         self._request_id = request_id
         self._queue: asyncio.Queue[Update] = asyncio.Queue()
         self._ids: dict[str, int] = {}
         self._accounts: dict[str, Account] = {}
-        self._begun_s = time.monotonic()
         self._last_s: dict[tuple[int, int], float] = {}
 
     def submit(
@@ -60,13 +62,19 @@ class Run:
         asked_tokens  the answer's length if the request names one: then it must fit, while a length
                       that we chose is cut to what is left.
         """
-        engine = self._service.engine
+        engine = self._engine
+        priority = self._caller.priority(priority)
+        params = self._caller.with_targets(params)
         most = engine.ready.max_model_len
         for prompt in prompts:
             check_answer_length(len(prompt.token_ids), asked_tokens, most, param=prompt.param)
         self._service.check_room(
             len(prompts) * params.n, param="n" if params.n > 1 else prompts[0].param
         )
+        num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        account = self._caller.account
+        if account is not None:
+            account.take_prompt(num_tokens)
         try:
             for i, prompt in enumerate(prompts):
                 name = f"{self._request_id}-{i}"
@@ -82,9 +90,11 @@ class Run:
                     param=prompt.param,
                 )
                 self._ids[name] = i
-                self._accounts[name] = self._account(name, prompt)
+                self._accounts[name] = self._account(name, prompt, params)
         except RequestError:
             self.close()
+            if account is not None:
+                account.give_back(num_tokens)
             raise
 
     def __enter__(self) -> Run:
@@ -101,9 +111,8 @@ class Run:
     def close(self) -> None:
         """Abort what is not finished."""
         for name in self._ids:
-            self._service.engine.abort(name)
-            self._accounts[name].close("abort")
-            self._service.metrics.finished("abort", time.monotonic() - self._begun_s)
+            self._engine.abort(name)
+            self._end(name, "abort")
         self._ids.clear()
 
     async def updates(self) -> AsyncIterator[tuple[int, RequestOutput] | None]:
@@ -117,18 +126,16 @@ class Run:
                 continue
             if update.error is not None:
                 del self._ids[update.request_id]
-                self._accounts[update.request_id].close("error")
-                self._service.metrics.finished("error", time.monotonic() - self._begun_s)
+                self._end(update.request_id, "error")
                 raise update.error
             assert update.output is not None or not update.finished
             if update.output is not None:
                 index = self._ids[update.request_id]
-                account = self._accounts[update.request_id]
-                account.take(update.output)
+                self._accounts[update.request_id].take(update.output)
                 self._count(index, update.output)
                 if update.output.finished:
                     del self._ids[update.request_id]
-                    account.close()
+                    self._end(update.request_id)
                 yield index, update.output
 
     async def _next(self) -> Update | None:
@@ -149,29 +156,42 @@ class Run:
                 done[item[0]] = item[1]
         return [done[i] for i in sorted(done)]
 
-    def _account(self, name: str, prompt: Prompt) -> Account:
+    def _account(self, name: str, prompt: Prompt, params: SamplingParams) -> Account:
         told: str | Sequence[int] | None = None
         if self._service.config.log_prompts:
             told = prompt.token_ids if prompt.text is None else prompt.text
-        return Account(name, len(prompt.token_ids), prompt=told)
+        return Account(
+            name,
+            len(prompt.token_ids),
+            model=self._service.metrics.model,
+            caller=self._caller,
+            params=params,
+            prompt=told,
+        )
+
+    def _end(self, name: str, reason: str | None = None) -> None:
+        """The prompt has ended, by itself or by `reason`."""
+        facts = self._accounts.pop(name).close(reason)
+        self._service.metrics.ended(facts)
+        self._service.tracer.ended(facts)
 
     def _count(self, index: int, output: RequestOutput) -> None:
         now = time.monotonic()
         metrics = self._service.metrics
         for one in output.outputs:
+            num_new = len(one.token_ids)
             key = (index, one.index)
             last_s = self._last_s.get(key)
-            if last_s is not None and one.token_ids:
-                metrics.next_token(now - last_s)
-            elif last_s is None and output.metrics is not None:
-                first_s = output.metrics.first_token_s
-                if first_s is not None:
-                    metrics.first_token(first_s - output.metrics.arrival_s)
             self._last_s[key] = now
+            if num_new and self._caller.account is not None:
+                self._caller.account.take_answer(num_new)
+            if last_s is not None:
+                if num_new:
+                    metrics.token_gap(now - last_s, num_new)
+            elif output.metrics is not None and output.metrics.first_token_s is not None:
+                metrics.first_token(output.metrics.first_token_s - output.metrics.arrival_s)
             if one.finish_reason not in (None, "stop", "length"):
                 raise StepFailed(f"The engine ended this request ({one.finish_reason}).")
-            if one.finish_reason is not None:
-                metrics.finished(one.finish_reason, now - self._begun_s)
 
 
 async def until_disconnect(request: Request) -> None:

@@ -105,6 +105,9 @@ class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
+    deadline_ms: float | None = None
     priority: _Priority | None = None
     cache_salt: str | None = None
     request_id: str | None = None
@@ -151,6 +154,9 @@ _COPIED = [
     "include_stop_str_in_output",
     "logit_bias",
     "allowed_token_ids",
+    "ttft_target_ms",
+    "tpot_target_ms",
+    "deadline_ms",
 ]
 
 

@@ -19,9 +19,11 @@ from collections.abc import Iterator
 import uvicorn
 
 from tokenry.api.app import make_app
+from tokenry.api.logs import set_up_logging
 from tokenry.api.metrics import Metrics
-from tokenry.api.request_log import set_up_logging
 from tokenry.api.service import Service
+from tokenry.api.tls import tls_options
+from tokenry.api.tracing import make_tracer
 from tokenry.api.watch import watch
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig, ServerConfig
@@ -67,7 +69,7 @@ def serve(
     engine_config: EngineConfig, server_config: ServerConfig, *, factory: str = DEFAULT_FACTORY
 ) -> int:
     """Serve until a signal ends it; raises TokenryError if the start fails."""
-    set_up_logging(server_config.log_level)
+    set_up_logging(server_config.log_level, server_config.log_format)
     listener = listen(server_config)
     with contextlib.closing(listener):
         import uvloop
@@ -83,8 +85,14 @@ async def _serve(
 ) -> int:
     engine = AsyncEngine(engine_config, chat_template=config.chat_template, factory=factory)
     name = (config.served_model_name or (engine_config.model,))[0]
-    metrics = Metrics(lambda: engine.latest_stats, name)
-    service = Service(engine=engine, config=config, metrics=metrics)
+    metrics = Metrics()
+    service = Service(
+        engine=engine,
+        config=config,
+        metrics=metrics.of_model(name, lambda: engine.latest_stats),
+        all_metrics=metrics,
+        tracer=make_tracer(config.otlp_endpoint),
+    )
     server = _Server(
         uvicorn.Config(
             make_app(service),
@@ -94,6 +102,7 @@ async def _serve(
             http="httptools",
             timeout_graceful_shutdown=2,
             server_header=False,
+            **tls_options(config),
         )
     )
     stop, hurry = asyncio.Event(), asyncio.Event()
@@ -114,6 +123,7 @@ async def _serve(
         await engine.shutdown()
         server.should_exit = True
         await serving
+        await asyncio.to_thread(service.tracer.close)
 
 
 def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
@@ -165,7 +175,8 @@ async def _drain(service: Service, hurry: asyncio.Event) -> None:
 
 def _address(listener: socket.socket, config: ServerConfig) -> str:
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::", "") else config.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    scheme = "http" if config.ssl_certfile is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def _welcome(ready: Ready, address: str, name: str, *, key: bool) -> list[str]:

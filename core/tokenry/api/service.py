@@ -17,7 +17,8 @@ from starlette.requests import Request
 
 import tokenry
 from tokenry.api.errors import NotReady
-from tokenry.api.metrics import Metrics
+from tokenry.api.metrics import Metrics, ModelMetrics
+from tokenry.api.tracing import Tracer
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import ServerConfig
 from tokenry.errors import ModelNotFound, Overloaded, RequestError
@@ -31,7 +32,9 @@ class Service:
 
     engine: AsyncEngine
     config: ServerConfig
-    metrics: Metrics
+    metrics: ModelMetrics
+    all_metrics: Metrics
+    tracer: Tracer = field(default_factory=Tracer)
     started_s: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     num_active: int = 0
@@ -72,19 +75,20 @@ class Service:
 
         param  the field that asks for them.
         """
-        limit = self.config.max_waiting + self.engine.config.max_num_seqs
+        limit = self.config.max_queue + self.engine.config.max_num_seqs
         if num_new > limit:
             raise RequestError(
                 f"The request asks for {num_new} completions, at most {limit} are served at once.",
                 param=param,
-                mend="send several requests, or --max-waiting higher on the server",
+                mend="send several requests, or --max-queue higher on the server",
             )
         if self.engine.num_completions + num_new > limit:
-            self.metrics.rejected()
-            raise Overloaded(
+            error = Overloaded(
                 f"{self.engine.num_completions} completions are under way, the limit is {limit}.",
-                mend="send the request again later, or --max-waiting higher",
+                mend="send the request again later, or --max-queue higher",
             )
+            self.metrics.refused(error)
+            raise error
 
     def check_model(self, name: str | None) -> str:
         """The name that the answer carries; raises ModelNotFound."""

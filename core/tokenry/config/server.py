@@ -20,11 +20,23 @@ class ServerConfig:
         "name(s) that requests may use; without it the model as given", ()
     )
     api_key: tuple[str, ...] = option("key(s) that requests must bring as a bearer token", ())
+    api_keys_file: str | None = option(
+        "file of hashed keys with their limits, see `tokenry keys`; read anew when it changes", None
+    )
+    admin_key: tuple[str, ...] = option(
+        "key(s) that may load, unload, sleep and wake models under /admin", ()
+    )
+    public_metrics: bool = option("/metrics and /version need no key", True)
+    cors_origins: tuple[str, ...] = option(
+        "origin(s) whose pages may use the API from a browser; '*' for all", ()
+    )
+    ssl_certfile: str | None = option("serve HTTPS with this certificate chain (PEM)", None)
+    ssl_keyfile: str | None = option("the certificate's private key (PEM)", None)
     chat_template: str | None = option(
         "file with a Jinja chat template, instead of the tokenizer's", None
     )
     max_body_bytes: int = option("largest request body", 32 * 2**20)
-    max_waiting: int = option(
+    max_queue: int = option(
         "requests that may wait for the engine; one more is answered with 503", 4096
     )
     keep_alive_s: float = option(
@@ -37,6 +49,15 @@ class ServerConfig:
         "answer unknown request fields with 400 (otherwise a header names them)", False
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("how much is logged", "info")
+    log_format: Literal["text", "json"] = option("lines of text, or one JSON object each", "text")
+    otlp_endpoint: str | None = option(
+        "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span per request; needs "
+        "the extra [otel]",
+        None,
+    )
+    restart_engine: int = option(
+        "how often in a row an engine that died is started again (0: never)", 0
+    )
     log_prompts: bool = option(
         "each request's prompt in its line of the log, not only counts", False
     )
@@ -45,7 +66,12 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, it must lie in 0..65535.", mend="--port 8000")
         at_least(self, 1, "max_body_bytes")
-        at_least(self, 0, "max_waiting", "drain_timeout_s")
+        at_least(self, 0, "max_queue", "drain_timeout_s", "restart_engine")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError(
+                "HTTPS needs a certificate and its key, one of them is missing.",
+                mend="--ssl-certfile CERT.pem --ssl-keyfile KEY.pem",
+            )
         for name in ("keep_alive_s", "heartbeat_timeout_s", "step_timeout_s"):
             value = getattr(self, name)
             if not 0 < value < math.inf:

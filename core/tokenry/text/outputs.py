@@ -190,6 +190,7 @@ class RequestState:
         self._tokenizer = tokenizer
         self._children = [_Completion(i, prompt_ids, params, tokenizer) for i in range(params.n)]
         self._arrival_s = time.monotonic()
+        self._scheduled_s: float | None = None
         self._first_token_s: float | None = None
         self._finished_s: float | None = None
         self._num_cached = 0
@@ -226,6 +227,7 @@ class RequestState:
         now = time.monotonic()
         if event.token_ids and self._first_token_s is None:
             self._first_token_s = now
+            self._scheduled_s = event.scheduled_s or None
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
         if event.prompt_logprobs is not None and self._prompt_logprobs is None:
             entries = (logprobs_dict(entry, self._tokenizer) for entry in event.prompt_logprobs)
@@ -264,6 +266,7 @@ class RequestState:
             num_cached_tokens=self._num_cached,
             metrics=RequestMetrics(
                 arrival_s=self._arrival_s,
+                scheduled_s=self._scheduled_s,
                 first_token_s=self._first_token_s,
                 finished_s=self._finished_s,
             ),
