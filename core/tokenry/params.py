@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,6 +24,30 @@ MAX_BREAKERS, MAX_BREAKER = 64, 64
 """Most `dry_sequence_breakers`, and most characters of one: each is looked for in the text of every
 token.
 """
+
+
+class Watermark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How an answer is marked so that who has the key can tell it (see `tokenry watermark`).
+
+    scheme    kgw: of each context, gamma of the tokens are green and get delta more (arXiv
+              2301.10226); gumbel: the token with the largest r ** (1 / p) is taken (Aaronson 2022).
+    key       of the hash, 64 bits.   context: how many tokens before are hashed with it.
+    """
+
+    scheme: Literal["kgw", "gumbel"]
+    key: int = 0
+    gamma: float = 0.25
+    delta: float = 2.0
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("kgw", "gumbel"):
+            text = f"The watermark scheme must be kgw or gumbel, got {self.scheme!r}."
+            raise RequestError(text, param="watermark.scheme")
+        _range("watermark.key", self.key, 0, 2**64 - 1, whole=True)
+        _range("watermark.gamma", self.gamma, 0, 0.99, open_low=True)
+        _range("watermark.delta", self.delta, 0, 100, open_low=True)
+        _range("watermark.context", self.context, 1, 16, whole=True)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -62,14 +86,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                          dry_allowed_length, within the last dry_range tokens (0: all). Repeats do
                          not reach over dry_sequence_breakers (dry_breaker_ids: their tokens, filled
                          by the front).
+    watermark            how the answer is marked, None: not at all; with temperature 0 the gumbel
+                         scheme marks nothing and is refused.
     no_repeat_ngram_size no n-gram of this size comes twice, prompt included; 0: off.
     logits_processor     name of a registered processor (`Hooks` of the sampler), with `extra_args`
                          as its arguments.
     structured_outputs   a shape that the whole answer must have: `StructuredOutputs`, or a dict of
                          its fields.
-    ttft_target_ms, tpot_target_ms, deadline_ms   milliseconds that are good enough: from arrival to
-                         the first token; per token after it, on average; from arrival to the end.
-                         Goodput counts them, the `slo` policy plans by them. None: no target.
     ttft_target_ms, tpot_target_ms, deadline_ms   milliseconds that are good enough: from arrival to
                          the first token; per token after it, on average; from arrival to the end.
                          Goodput counts them, the `slo` policy plans by them. None: no target.
@@ -101,9 +124,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processor: str | None = None
     extra_args: dict[str, Any] | None = None
-    ttft_target_ms: float | None = None
-    tpot_target_ms: float | None = None
-    deadline_ms: float | None = None
     typical_p: float = 1.0
     top_n_sigma: float = 0.0
     xtc_probability: float = 0.0
@@ -118,6 +138,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     dry_breaker_ids: tuple[int, ...] = ()
     no_repeat_ngram_size: int = 0
+    watermark: Watermark | None = None
     ttft_target_ms: float | None = None
     tpot_target_ms: float | None = None
     deadline_ms: float | None = None
@@ -159,6 +180,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             or self.dry_multiplier != 0
             or self.no_repeat_ngram_size != 0
             or self.mirostat != 0
+            or self.watermark is not None
         )
 
     def _check_types(self) -> None:
@@ -215,10 +237,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             if value is not None:
                 _range(name, value, 0, 1e9, open_low=True)
-        for name in ("ttft_target_ms", "tpot_target_ms", "deadline_ms"):
-            value = getattr(self, name)
-            if value is not None:
-                _range(name, value, 0, 1e9, open_low=True)
         for token, bias in (self.logit_bias or {}).items():
             _range(f"logit_bias.{token}", bias, -100, 100)
 
@@ -238,6 +256,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _range("dry_allowed_length", self.dry_allowed_length, 1, 10_000, whole=True)
         _range("dry_range", self.dry_range, 0, 2**31 - 1, whole=True)
         _range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10_000, whole=True)
+        mark = self.watermark
+        if mark is not None and mark.scheme == "gumbel" and self.greedy:
+            text = "The gumbel watermark needs a temperature above 0: nothing is drawn at 0."
+            raise RequestError(text, param="watermark")
         if len(self.dry_sequence_breakers) > MAX_BREAKERS:
             text = f"At most {MAX_BREAKERS} dry_sequence_breakers are served."
             raise RequestError(text, param="dry_sequence_breakers")

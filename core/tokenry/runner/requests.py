@@ -8,6 +8,7 @@ only; `feedback` says where, until the host learns it.
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from tokenry.backend.contract import IntArray
 from tokenry.errors import Refusal
@@ -25,12 +26,15 @@ class RequestState:
                there is none.
     processor  the request's own logits processor.
     mask       what its grammar lets this step draw.
+    mu         mirostat's bound after the last known token, None before the first.
+    pooling    what vector it ends with, None if it gives tokens.
+    pooled     sum of its hidden rows so far, or its first, where not only the last is pooled.
     refused    why this device cannot serve the request, None if it can.
     """
 
     __slots__ = (
-        "blocks", "feedback", "mask", "num_blocks", "num_known", "num_prompt", "params",
-        "processor", "refused", "seed", "tokens",
+        "blocks", "feedback", "mask", "mu", "num_blocks", "num_known", "num_prompt", "params",
+        "pooled", "pooling", "processor", "refused", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewRequest, block_size: int) -> None:
@@ -48,9 +52,13 @@ class RequestState:
         self.processor: LogitsProcessor | None = None
         self.mask: Mask | None = None
         self.refused: Refusal | None = None
+        self.mu = new.mu
+        self.pooling = new.pooling
+        self.pooled: Tensor | None = None
 
-    def learn(self, token_ids: tuple[int, ...]) -> None:
-        """The host now knows the next tokens."""
+    def learn(self, token_ids: tuple[int, ...], mu: float | None = None) -> None:
+        """The host now knows the next tokens, and mirostat's bound after them."""
+        self.mu = self.mu if mu is None else mu
         end = self.num_known + len(token_ids)
         if end > len(self.tokens):
             self.tokens = np.concatenate((self.tokens, np.zeros(end, np.int32)))

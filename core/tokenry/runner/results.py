@@ -32,12 +32,16 @@ NOTHING_TO_DRAW = (
 )
 
 
+Lesson = tuple[RequestState, tuple[int, ...], float | None]
+"""Whose, the tokens that it now knows, and mirostat's bound after them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """The result, and what the runner's request states learn from it."""
 
     result: StepResult
-    lessons: list[tuple[RequestState, tuple[int, ...]]]
+    lessons: list[Lesson]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +62,28 @@ class _Scored:
     prompt: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Steered:
+    """Plan rows whose mirostat bounds are at this place."""
+
+    rows: list[int]
+    at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PooledRow:
+    """A row of the plan whose vector is made of row `i` of tensor `at`, times `factor`."""
+
+    row: int
+    at: int
+    i: int
+    factor: float = 1.0
+
+
 class PartialStep:
-    """Owned by ModelRunner, for one step. `tensors` is what is to be fetched."""
+    """Owned by ModelRunner, for one step. `tensors` is what is to be fetched, `pooled` what of it
+    becomes vectors.
+    """
 
     def __init__(self, plan: StepPlan, states: Sequence[RequestState]) -> None:
         self._plan = plan
@@ -67,6 +91,8 @@ class PartialStep:
         self._errors: dict[str, str | Refusal] = {}
         self._sampled: list[_Rows] = []
         self._scored: list[_Scored] = []
+        self._steered: list[_Steered] = []
+        self.pooled: list[PooledRow] = []
         self.tensors: list[Tensor] = []
 
     def fail(self, request_id: str, error: str | Refusal) -> None:
@@ -89,6 +115,10 @@ class PartialStep:
             self.fail(self._plan.rows[launch.shares[i].row].request_id, error)
         self._sampled.append(_Rows(pairs=pairs, at=len(self.tensors)))
         self.tensors += [sampled.token_ids, sampled.broken]
+        if sampled.mu is not None:
+            rows = [launch.shares[i].row for i in sampled.mu_rows]
+            self._steered.append(_Steered(rows=rows, at=len(self.tensors)))
+            self.tensors.append(sampled.mu)
         wanting = [(row, i) for row, i in pairs if self._states[row].params.logprobs is not None]
         if wanting:
             index = torch.tensor([i for _, i in wanting], device=logits.device)
@@ -137,9 +167,10 @@ class PartialStep:
                     self._fail_draw(index, int(broken[i]))
                 else:
                     token_of[index] = int(tokens[i])
+        mu_of = self._finish_mu(arrays)
         logprobs, prompt_logprobs = self._finish_scores(arrays, token_of)
         results: list[RowResult] = []
-        lessons: list[tuple[RequestState, tuple[int, ...]]] = []
+        lessons: list[Lesson] = []
         for i, row in enumerate(self._plan.rows):
             error = self._errors.get(row.request_id)
             if error is not None:
@@ -149,17 +180,25 @@ class PartialStep:
                 continue
             token_ids = (token_of[i],) if i in token_of else ()
             if token_ids:
-                lessons.append((self._states[i], token_ids))
+                lessons.append((self._states[i], token_ids, mu_of.get(i)))
             results.append(
                 RowResult(
                     request_id=row.request_id,
                     token_ids=token_ids,
                     logprobs=tuple(logprobs.get(i, ())),
                     prompt_logprobs=tuple(prompt_logprobs.get(i, ())),
+                    mu=mu_of.get(i),
                 )
             )
         result = StepResult(step=self._plan.step, rows=tuple(results))
         return Outcome(result=result, lessons=lessons)
+
+    def _finish_mu(self, arrays: Sequence[NDArray[Any]]) -> dict[int, float]:
+        return {
+            row: float(mu)
+            for steered in self._steered
+            for row, mu in zip(steered.rows, arrays[steered.at], strict=True)
+        }
 
     def _fail_draw(self, index: int, broken: int) -> None:
         """The row's logits hold no token; what its logits processor raised is told rather."""

@@ -28,10 +28,11 @@ from tokenry.runner.bucket_grid import deviations, make_buckets, maxima
 from tokenry.runner.buckets import BucketSettings, BucketTable, exact, need_of
 from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory, with_programs
 from tokenry.runner.pack import blank_batch, pack, table_width, to_device
+from tokenry.runner.pooling import Pooler
 from tokenry.runner.probe import run_deep_steps
 from tokenry.runner.programs import Programs
 from tokenry.runner.requests import RequestState
-from tokenry.runner.results import Outcome, PartialStep
+from tokenry.runner.results import Lesson, Outcome, PartialStep
 from tokenry.runner.sampler import Sampler
 from tokenry.runner.sampling.draw import Draw
 from tokenry.runner.sampling.processors import ProcessorFactory
@@ -83,9 +84,11 @@ class ModelRunner:
         *,
         eos_token_ids: Sequence[int] = (),
         processors: Mapping[str, ProcessorFactory] | None = None,
+        pooler: Pooler | None = None,
         progress: Progress = lambda phase, share: None,
     ) -> None:
         self._backend = backend
+        self._pooler = pooler
         self._caps = backend.caps
         self._ops = OpTable(backend.ops(), config.quantization)
         self._sampler = Sampler(
@@ -95,7 +98,7 @@ class ModelRunner:
             processors=processors or {},
         )
         self._requests: dict[str, RequestState] = {}
-        self._lessons: deque[tuple[RequestState, tuple[int, ...]]] = deque()
+        self._lessons: deque[Lesson] = deque()
         self._previous: list[Tensor] = []
         self._fed: list[RequestState] = []
         self._log = StepLog(config.record_steps) if config.record_steps is not None else None
@@ -227,7 +230,9 @@ class ModelRunner:
         return to_device(host, self._backend)[0]
 
     def _execute(self, logits: Tensor, batch: StepBatch) -> None:
-        try_draws(self._sampler, self._backend, logits, batch)
+        drawn = logits if self._pooler is None else self._pooler.logits(logits)
+        if drawn is not None:
+            try_draws(self._sampler, self._backend, drawn, batch)
 
     # ---- a step ------------------------------------------------------------------------------
 
@@ -267,7 +272,7 @@ class ModelRunner:
         for index, at in feedback.items():
             states[index].feedback = at
             self._fed.append(states[index])
-        return self._waiter(partial)
+        return self._waiter(partial, states)
 
     def _introduce(self, new: NewRequest) -> RequestState:
         """State of a new request; what cannot be served is told by the results of its rows."""
@@ -285,8 +290,8 @@ class ModelRunner:
 
     def _take_lessons(self) -> None:
         while self._lessons:
-            state, token_ids = self._lessons.popleft()
-            state.learn(token_ids)
+            state, token_ids, mu = self._lessons.popleft()
+            state.learn(token_ids, mu)
 
     def _share(self, index: int, row: Row, state: RequestState) -> Share:
         p = state.params
@@ -295,7 +300,8 @@ class ModelRunner:
             start=row.num_computed,
             count=row.num_new,
             sample=row.sample,
-            scored=p.prompt_logprobs is not None and row.num_computed < state.num_prompt - 1,
+            scored=(p.prompt_logprobs is not None and row.num_computed < state.num_prompt - 1)
+            or (self._pooler is not None and self._pooler.wants_all(state)),
         )
 
     def _computable(self, row: Row, state: RequestState, partial: PartialStep) -> bool:
@@ -335,6 +341,11 @@ class ModelRunner:
         )
         batch = self._batch(packed.host, previous if packed.feeds_back else ())
         logits = self._programs.run(batch)
+        if self._pooler is not None:
+            drawn = self._pooler.take(launch, own, logits, partial)
+            if drawn is None:
+                return offset
+            logits = drawn
         if launch.scored:
             share = launch.shares[0]
             partial.note_prompt(share, own[0], logits)
@@ -362,6 +373,7 @@ class ModelRunner:
             history=state.history,
             processor=state.processor,
             mask=state.mask,
+            mu=state.mu,
         )
 
     def _batch(self, host: HostBatch, previous: Sequence[Tensor]) -> StepBatch:
@@ -374,12 +386,17 @@ class ModelRunner:
         batch.token_ids.copy_(torch.where(prev_row >= 0, taken, batch.token_ids))
         return batch
 
-    def _waiter(self, partial: PartialStep) -> Callable[[], StepResult]:
+    def _waiter(
+        self, partial: PartialStep, states: Sequence[RequestState]
+    ) -> Callable[[], StepResult]:
         wait = self._backend.fetch(partial.tensors)
 
         def result() -> StepResult:
-            outcome: Outcome = partial.finish(wait())
+            arrays = wait()
+            outcome: Outcome = partial.finish(arrays)
             self._lessons.extend(outcome.lessons)
-            return outcome.result
+            if self._pooler is None:
+                return outcome.result
+            return self._pooler.complete(outcome.result, partial.pooled, arrays, states)
 
         return result

@@ -10,7 +10,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,9 @@ from tokenry.backend.base import Op, SampleInputs
 from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
 from tokenry.runner.mask import apply_masks
+from tokenry.runner.sampling.choice import narrow, narrows, next_mu
 from tokenry.runner.sampling.draw import Draw, uniforms
+from tokenry.runner.sampling.marking import add_gumbel, by_gumbel
 from tokenry.runner.sampling.processors import (
     LogitsProcessor,
     ProcessorFactory,
@@ -42,11 +44,14 @@ class Sampled:
     means nothing (LOGITS_BROKEN, NOTHING_LEFT).
 
     errors   by row, what its logits processor or its grammar raised: the row's token means nothing.
+    mu       [m] float32, mirostat's bounds after the tokens of the m rows mu_rows.
     """
 
     token_ids: Tensor
     broken: Tensor
     errors: Mapping[int, str | Refusal]
+    mu: Tensor | None = None
+    mu_rows: tuple[int, ...] = ()
 
 
 class Sampler:
@@ -75,14 +80,38 @@ class Sampler:
         errors |= apply_masks(adjusted, masks, self._device)
         if adjusted is not logits:
             broken |= (~torch.isfinite(adjusted.amax(-1))).to(torch.uint8) * NOTHING_LEFT
-        token_ids = self._op(adjusted, self._inputs(draws))
-        return Sampled(token_ids=token_ids, broken=broken, errors=errors)
+        self._narrow(adjusted, draws)
+        steered = [(i, d) for i, d in enumerate(draws) if d is not None and d.params.mirostat]
+        steered = [(i, d) for i, d in steered if not d.params.greedy]
+        left = adjusted[[i for i, _ in steered]] if steered else None
+        marked = [(i, d) for i, d in enumerate(draws) if d is not None and by_gumbel(d)]
+        add_gumbel(adjusted, marked)
+        token_ids = self._op(adjusted, self._inputs(draws, {i for i, _ in marked}))
+        mu_rows = tuple(i for i, _ in steered)
+        mu = None
+        if left is not None:
+            mu = next_mu(left, token_ids[list(mu_rows)], [d for _, d in steered])
+        return Sampled(token_ids=token_ids, broken=broken, errors=errors, mu=mu, mu_rows=mu_rows)
 
-    def _inputs(self, draws: Sequence[Draw | None]) -> SampleInputs:
+    def _narrow(self, out: Tensor, draws: Sequence[Draw | None]) -> None:
+        """Candidates of the rows whose parameters the `sample` op does not know, in place."""
+        rows = [(i, d) for i, d in enumerate(draws) if d is not None and narrows(d.params)]
+        if rows:
+            index = [i for i, _ in rows]
+            out[index] = narrow(out[index], [d for _, d in rows])
+
+    def _inputs(self, draws: Sequence[Draw | None], marked: Collection[int]) -> SampleInputs:
+        """What the op needs. The rows that were narrowed are filtered already; in those that a
+        watermark draws the token is the one with the largest logit.
+        """
         live = [d for d in draws if d is not None]
-        all_greedy = all(d.params.greedy for d in live)
+        greedy = [d is None or d.params.greedy or i in marked for i, d in enumerate(draws)]
+        all_greedy = all(greedy)
+        filtered = [(d, narrows(d.params)) for d in live]
         any_filter = any(
-            d.params.top_k > 0 or d.params.top_p < 1 or d.params.min_p > 0 for d in live
+            d.params.top_k > 0 or d.params.top_p < 1 or d.params.min_p > 0
+            for d, done in filtered
+            if not done
         )
         n = len(draws)
         floats = np.zeros((4, n), np.float32)
@@ -90,11 +119,13 @@ class Sampler:
         top_k = np.zeros(n, np.int32)
         if not all_greedy:
             rows = [i for i, d in enumerate(draws) if d is not None]
-            floats[0, rows] = [0.0 if d.params.greedy else d.params.temperature for d in live]
-            floats[1, rows] = [d.params.top_p for d in live]
-            floats[2, rows] = [d.params.min_p for d in live]
+            floats[0, rows] = [
+                0.0 if greedy[i] else d.params.temperature for i, d in zip(rows, live, strict=True)
+            ]
+            floats[1, rows] = [1.0 if done else d.params.top_p for d, done in filtered]
+            floats[2, rows] = [0.0 if done else d.params.min_p for d, done in filtered]
             floats[3, rows] = uniforms([d.seed for d in live], [d.position for d in live])
-            top_k[rows] = [max(0, d.params.top_k) for d in live]
+            top_k[rows] = [0 if done else max(0, d.params.top_k) for d, done in filtered]
         packed = torch.from_numpy(floats).to(self._device, non_blocking=True)
         return SampleInputs(
             temperature=packed[0],

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenry.backend.contract import IntArray
 from tokenry.params import SamplingParams
 from tokenry.plan import Mask
+from tokenry.runner.sampling.marks import mix
 from tokenry.runner.sampling.processors import LogitsProcessor
 
 
@@ -23,6 +24,7 @@ class Draw:
     """One row that draws a token: token number `position` of the request.
 
     mask   what its grammar lets be drawn; made while the model runs.
+    mu     mirostat's bound after the last token, None before the first.
     """
 
     params: SamplingParams
@@ -32,20 +34,12 @@ class Draw:
     history: IntArray
     processor: LogitsProcessor | None = None
     mask: Mask | None = None
+    mu: float | None = None
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
-    """[n] float32 in [0, 1), a function of (seed, position): two rounds of SplitMix64 (Steele et
-    al., OOPSLA 2014).
-    """
+    """[n] float32 in [0, 1), a function of (seed, position): two rounds of SplitMix64."""
+    state = np.array([s & (2**64 - 1) for s in seeds], np.uint64)
     with np.errstate(over="ignore"):
-        state = np.array([s & (2**64 - 1) for s in seeds], np.uint64)
-        mixed = _mix(_mix(state) + np.array(positions, np.uint64))
+        mixed = mix(mix(state) + np.array(positions, np.uint64))
     return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

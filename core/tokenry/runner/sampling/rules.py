@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenry.params import SamplingParams
+from tokenry.runner.sampling.choice import narrows
 from tokenry.runner.sampling.draw import Draw
+from tokenry.runner.sampling.marking import add_green
 from tokenry.runner.sampling.repeats import dry_penalties, repeated_ngrams
 
 Ruled = Sequence[tuple[int, Draw]]
@@ -35,16 +37,19 @@ def has_rules(draw: Draw) -> bool:
         or p.repetition_penalty != 1
         or p.dry_multiplier
         or p.no_repeat_ngram_size
+        or p.watermark is not None
+        or narrows(p)
         or draw.mask is not None
         or draw.position - draw.num_prompt < p.min_tokens
     )
 
 
 def apply_rules(out: Tensor, ruled: Ruled, eos: tuple[int, ...]) -> None:
-    """Penalties, DRY, biases, then what is forbidden; in place."""
+    """Penalties, DRY, biases, green tokens, then what is forbidden; in place."""
     _penalise(out, ruled)
     _add(out, [(i, t, -x) for i, d in ruled for t, x in dry_penalties(d).items()])
     _add(out, [(i, t, b) for i, d in ruled for t, b in (d.params.logit_bias or {}).items()])
+    add_green(out, ruled)
     _forbid(out, [(i, t) for i, d in ruled for t in forbidden(d, eos)])
     for i, draw in ruled:
         allowed = draw.params.allowed_token_ids
