@@ -1,4 +1,4 @@
-"""The command line: serve, generate, chat, devices, compile, bench, conform, buckets, plan,
+"""The command line: serve, generate, chat, devices, compile, bench, conform, buckets, plan, keys,
 version.
 
 In: argv, a YAML file, TOKENRY_* variables. Out: an exit code: 0, 1 (it failed) or 2 (it was called
@@ -254,6 +254,12 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     import_module("tokenry.bench.quality").add_arguments(parser)
 
 
+def _keys_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.api.keys_command").add_arguments(parser)
+
+
 def _version_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_version)
 
@@ -274,6 +280,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "buckets": ("which programs a device would get, and their padding", _buckets_options),
     "plan": ("does a model fit on a device, from its config.json alone", _plan_options),
     "quantize": ("what quantised weights cost in quality, on a text", _quantize_options),
+    "keys": ("API keys: add, list, remove", _keys_options),
     "version": ("print the version", _version_options),
 }
 
