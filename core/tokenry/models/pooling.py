@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,7 +26,9 @@ from tokenry.errors import ConfigError, ModelLoadError
 from tokenry.models.config import ModelConfig, read_json
 from tokenry.models.encoder import Method
 from tokenry.models.weights import open_checkpoint, read_tensor
+from tokenry.pooling import PoolingParams
 
+Floats = NDArray[np.float32]
 Task = Literal["generate", "embed", "score", "classify", "generate+embed"]
 MODES: Mapping[str, Method] = {
     "pooling_mode_cls_token": "cls",
@@ -92,6 +96,8 @@ class Head:
 
     def __init__(self, plan: PoolingPlan, *, dummy: bool = False) -> None:
         """Reads the tensors. Raises ModelLoadError for one that is missing or misshapen."""
+        self._plan = plan
+        self.method: Method = plan.method
         self._layers = [(layer, *_tensors(layer, dummy)) for layer in plan.head]
 
     def __call__(self, row: Tensor) -> Tensor:
@@ -101,6 +107,23 @@ class Head:
             if norm is not None:
                 row = functional.layer_norm(row, (layer.out_size,), norm, None, layer.norm_eps)
         return row
+
+    def finish(self, row: Floats, params: PoolingParams) -> Floats:
+        """A pooled row [hidden] as its request wants it: an embedding cut and of length 1, or a
+        classifier's probabilities.
+        """
+        plan = self._plan
+        values = self(torch.tensor(row))
+        if plan.task == "classify":
+            if params.final is False:
+                return values.numpy()
+            if plan.act == "softmax":
+                return torch.softmax(values, 0).numpy()
+            return ACTIVATIONS[plan.act](values).numpy()
+        values = values[: params.dimensions]
+        if plan.normalize if params.final is None else params.final:
+            values = functional.normalize(values, dim=0)
+        return values.numpy()
 
 
 def _tensors(layer: HeadLayer, dummy: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenry.errors import Refusal
 from tokenry.plan import RowResult, StepPlan, StepResult, TokenLogprobs
+from tokenry.pooling import PoolingParams
 from tokenry.runner.requests import RequestState
 from tokenry.runner.sampler import LOGITS_BROKEN, Sampled
 from tokenry.runner.sampling.draw import Draw
@@ -74,6 +75,7 @@ class _Steered:
 class PooledRow:
     """A row of the plan whose vector is made of row `i` of tensor `at`, times `factor`."""
 
+    params: PoolingParams
     row: int
     at: int
     i: int

@@ -272,7 +272,7 @@ class ModelRunner:
         for index, at in feedback.items():
             states[index].feedback = at
             self._fed.append(states[index])
-        return self._waiter(partial, states)
+        return self._waiter(partial)
 
     def _introduce(self, new: NewRequest) -> RequestState:
         """State of a new request; what cannot be served is told by the results of its rows."""
@@ -386,9 +386,7 @@ class ModelRunner:
         batch.token_ids.copy_(torch.where(prev_row >= 0, taken, batch.token_ids))
         return batch
 
-    def _waiter(
-        self, partial: PartialStep, states: Sequence[RequestState]
-    ) -> Callable[[], StepResult]:
+    def _waiter(self, partial: PartialStep) -> Callable[[], StepResult]:
         wait = self._backend.fetch(partial.tensors)
 
         def result() -> StepResult:
@@ -397,6 +395,6 @@ class ModelRunner:
             self._lessons.extend(outcome.lessons)
             if self._pooler is None:
                 return outcome.result
-            return self._pooler.complete(outcome.result, partial.pooled, arrays, states)
+            return self._pooler.complete(outcome.result, partial.pooled, arrays)
 
         return result
