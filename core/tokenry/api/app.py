@@ -10,11 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
-from tokenry.api import operate, tokenize
+from tokenry.api import messages_api, operate, responses_api, tgi, tokenize
 from tokenry.api.chat import chat_completions
 from tokenry.api.completions import completions
 from tokenry.api.errors import on_http_exception, on_tokenry_error
 from tokenry.api.middleware import Faults, guarded
+from tokenry.api.responses_store import ResponseStore
 from tokenry.api.routes import Endpoint, get, post, routes_of
 from tokenry.api.schema import ChatRequest, CompletionRequest
 from tokenry.api.service import Service
@@ -25,6 +26,9 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     post("/v1/completions", completions, "Continue prompts.", CompletionRequest),
     get("/v1/models", operate.models, "The models served."),
     get("/v1/models/{id:path}", operate.model, "One model."),
+    *responses_api.ENDPOINTS,
+    *messages_api.ENDPOINTS,
+    *tgi.ENDPOINTS,
     post("/tokenize", tokenize.tokenize, "Token ids of a text or chat.", tokenize.Tokenize),
     post("/detokenize", tokenize.detokenize, "Text of token ids.", tokenize.Detokenize),
     get("/tokenizer_info", tokenize.tokenizer_info, "The tokenizer's special tokens and sizes."),
@@ -49,4 +53,5 @@ def make_app(service: Service) -> ASGIApp:
         middleware=[Middleware(Faults)],
     )
     app.state.service = service
+    app.state.responses = ResponseStore(service.config.max_stored_responses)
     return guarded(app, service)

@@ -39,6 +39,15 @@ class ServerConfig:
     max_queue: int = option(
         "requests that may wait for the engine; one more is answered with 503", 4096
     )
+    data_dir: str | None = option(
+        "directory for files and batches (/v1/files, /v1/batches); without it they are not served",
+        None,
+    )
+    max_file_bytes: int = option("largest file that may be uploaded", 512 * 2**20)
+    batch_concurrency: int = option("most lines of batches that run at once", 16)
+    max_stored_responses: int = option(
+        "responses of /v1/responses that are kept in memory, the newest", 1000
+    )
     keep_alive_s: float = option(
         "seconds of silence after which a stream carries a comment line", 15.0
     )
@@ -65,7 +74,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, it must lie in 0..65535.", mend="--port 8000")
-        at_least(self, 1, "max_body_bytes")
+        at_least(self, 1, "max_body_bytes", "max_file_bytes", "batch_concurrency")
+        at_least(self, 0, "max_stored_responses")
         at_least(self, 0, "max_queue", "drain_timeout_s", "restart_engine")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError(
