@@ -34,6 +34,7 @@ if platform.machine().lower() in {"x86_64", "amd64"}:
         "csrc/isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
         "csrc/isa_avx512.cpp": AVX512,
         "csrc/isa_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+        "csrc/isa_avx512_bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     }
 
 

@@ -32,7 +32,9 @@ const std::vector<Candidate>& candidates() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
-    list.push_back({&kVnniKernels, avx512 && __builtin_cpu_supports("avx512vnni")});
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    list.push_back({&kBf16Kernels, vnni && __builtin_cpu_supports("avx512bf16")});
+    list.push_back({&kVnniKernels, vnni});
     list.push_back({&kAvx512Kernels, avx512});
     list.push_back({&kAvx2Kernels, avx2});
 #endif
@@ -85,6 +87,7 @@ int64_t value_bytes(int32_t format, int64_t values) {
   switch (format) {
     case kF32: return values * 4;
     case kBF16:
+    case kBF16Dots:
     case kF16: return values * 2;
     case kInt8: return values;
     default: return values / 2;
@@ -108,6 +111,15 @@ void pack_values(const Weight& w, const T* source, int64_t panel) {
   for (int64_t i = 0; i < kPanel && panel * kPanel + i < w.n; i++) {
     const T* row = source + (panel * kPanel + i) * w.k;
     for (int64_t d = 0; d < w.k; d++) to[d * kPanel + i] = row[d];
+  }
+}
+
+// bf16 rows, neighbouring inputs side by side.
+void pack_pairs(const Weight& w, const uint16_t* source, int64_t panel) {
+  uint16_t* to = static_cast<uint16_t*>(w.data) + panel * w.depth * kPanel;
+  for (int64_t i = 0; i < kPanel && panel * kPanel + i < w.n; i++) {
+    const uint16_t* row = source + (panel * kPanel + i) * w.k;
+    for (int64_t d = 0; d < w.k; d++) to[(d / 2 * kPanel + i) * 2 + d % 2] = row[d];
   }
 }
 
@@ -214,6 +226,9 @@ API const char* tk_isas() {
   return names.c_str();
 }
 
+// Whether kBF16Dots is one instruction here.
+API int32_t tk_bf16_dots() { return kernels().dots; }
+
 API void tk_threads(int32_t count) { set_threads(count); }
 
 // A packed copy of source [n, k] (float32; 16-bit for the 16-bit formats), null without memory.
@@ -225,7 +240,8 @@ API Weight* tk_pack(const void* source, const float* bias, int64_t n, int64_t k,
   w->k = k;
   w->bias = bias;
   w->panels = (n + kPanel - 1) / kPanel;
-  const int64_t multiple = format == kInt8 ? 4 : format == kInt4 ? kGroup : 1;
+  const bool pairs = format == kBF16 || format == kBF16Dots;
+  const int64_t multiple = format == kInt8 ? 4 : format == kInt4 ? kGroup : pairs ? 2 : 1;
   w->depth = (k + multiple - 1) / multiple * multiple;
   const int64_t bytes = weight_bytes(*w);
   char* memory = static_cast<char*>(pages(bytes));
@@ -239,6 +255,7 @@ API Weight* tk_pack(const void* source, const float* bias, int64_t n, int64_t k,
     switch (format) {
       case kF32: return pack_values(*w, static_cast<const float*>(source), panel);
       case kBF16:
+      case kBF16Dots: return pack_pairs(*w, static_cast<const uint16_t*>(source), panel);
       case kF16: return pack_values(*w, static_cast<const uint16_t*>(source), panel);
       case kInt8: return pack_int8(*w, static_cast<const float*>(source), panel);
       default: return pack_int4(*w, static_cast<const float*>(source), panel);
@@ -265,14 +282,15 @@ API void tk_linear(const Weight* weight, const float* x, int64_t x_stride, int64
   const int64_t tiles = (rows + isa.max_tile - 1) / isa.max_tile;
   Packed packed{rows, (rows + tiles - 1) / tiles, nullptr, nullptr, nullptr};
   const int64_t all = (rows + packed.tile - 1) / packed.tile;
-  if (w.format <= kF16 && rows == 1) {
+  const bool floats = !quantised(w.format) && w.format != kBF16Dots;
+  if (floats && rows == 1 && w.depth == w.k) {
     packed.data = const_cast<float*>(x);  // one row is packed as it is
   } else {
     const int64_t values = all * packed.tile * w.depth;
-    const int64_t size = w.format <= kF16 ? values * 4 : values;
+    const int64_t size = floats ? values * 4 : w.format == kBF16Dots ? values * 2 : values;
     if (int64_t(held.data.size()) < size) held.data.resize(size);
     packed.data = held.data.data();
-    if (w.format > kF16) {
+    if (quantised(w.format)) {
       const int64_t scales = all * packed.tile * (w.format == kInt4 ? w.depth / kGroup : 1);
       if (int64_t(held.scales.size()) < scales) {
         held.scales.resize(scales);

@@ -8,8 +8,8 @@
 
 namespace tokenry {
 const Kernels TABLE = {
-    NS_NAME,          MAX_TILE,        NS::pack_rows, NS::linear,  NS::write_kv,
-    NS::attend,       NS::rms_norm,    NS::rope,      NS::act_mul, NS::argmax,
+    NS_NAME,    MAX_TILE,     NS::kDots, NS::pack_rows, NS::linear, NS::write_kv,
+    NS::attend, NS::rms_norm, NS::rope,  NS::act_mul,   NS::widen,  NS::argmax,
     NS::boltzmann,
 };
 }  // namespace tokenry

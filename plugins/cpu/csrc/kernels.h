@@ -15,10 +15,15 @@ constexpr int64_t kRowBlock = 96;
 // Keys of one partial softmax; a multiple of every block size up to it.
 constexpr int64_t kKeys = 128;
 
-enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4 };
+// kBF16Dots: bf16 weights whose activations are rounded to bf16 once (to nearest, ties to even) and
+// multiplied in pairs with float32 sums: one instruction where the machine has it.
+enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kBF16Dots = 5 };
+
+constexpr bool quantised(int32_t format) { return format == kInt8 || format == kInt4; }
 
 // A packed weight [n, k] with panels of kPanel outputs:
-//   float formats  [panels][k][kPanel]
+//   fp32, fp16     [panels][k][kPanel]
+//   bf16           [panels][k/2][kPanel][2], neighbouring inputs side by side
 //   int8           [panels][k/4][kPanel][4] unsigned (value + 128), scales [panels * kPanel]
 //   int4           [panels][k/32][4][kPanel][4] bytes: low nibble input j, high nibble input j + 4
 //                  of each 8 (value + 8), scales [panels][k/32][kPanel]
@@ -34,7 +39,8 @@ struct Weight {
 // Activations as the kernels read them: tiles of equally many rows (the last may have fewer).
 struct Packed {
   int64_t rows, tile;  // rows in all, rows of a tile
-  void* data;          // float: [tiles][k][tile]; int8: [tiles][k/4][tile][4]
+  void* data;          // float: [tiles][k][tile]; dots: [tiles][k/2][tile][2] bf16;
+                       // int8, int4: [tiles][k/4][tile][4]
   float* scales;       // int8: [rows]; int4: [tiles][k/32][tile]
   int32_t* sums;       // sums of the quantised values, shaped like scales
 };
@@ -58,6 +64,7 @@ void* scratch(int64_t bytes);
 struct Kernels {
   const char* name;
   int max_tile;  // rows of activations in one tile
+  bool dots;     // kBF16Dots has its instruction
   void (*pack_rows)(const Weight&, const float* x, int64_t stride, Packed&, int64_t tile);
   // One panel of outputs for the rows of tiles [from, to).
   void (*linear)(const Weight&, const Packed&, int64_t panel, int64_t from, int64_t to, float* y,
@@ -70,6 +77,8 @@ struct Kernels {
   void (*rope)(const float* x, const float* cos, const float* sin, int64_t half, int64_t head_dim,
                float* y);
   void (*act_mul)(const float* gate, const float* up, int64_t size, int32_t kind, float* y);
+  // y = the n values at x in a float format
+  void (*widen)(const void* x, int64_t n, int32_t format, float* y);
   int64_t (*argmax)(const float* x, int64_t size);
   void (*boltzmann)(const float* x, int64_t size, float most, float temperature, float* y);
 };
@@ -77,7 +86,7 @@ struct Kernels {
 // The instruction sets that this binary has, best first; `usable` says what this machine can run.
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels, kBf16Kernels;
 #endif
 
 }  // namespace tokenry

@@ -28,6 +28,55 @@ INLINE void product(const float* x, const W* w, int64_t depth, vf (&total)[M][NV
     for (int v = 0; v < NV; v++) total[m][v] = acc[m][v];
 }
 
+// The same for bf16 weights, two inputs at a time; x either as floats (x + d * M) or as bf16 pairs.
+template <int M, class X>
+INLINE void product_pairs(const X* x, const uint32_t* w, int64_t depth, vf (&total)[M][NV]) {
+  vf acc[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[m][v] = vf{};
+  for (int64_t d = 0; d < depth; d += 2) {
+    vu row[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++)
+      row[v] = *reinterpret_cast<const vu_any*>(w + d / 2 * kPanel + v * LANES);
+    if constexpr (sizeof(X) == 2) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        uint32_t two;
+        memcpy(&two, x + d * M + 2 * m, 4);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[m][v] = dot2(acc[m][v], row[v], two);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[m][v] += x[d * M + m] * even(row[v]);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[m][v] += x[(d + 1) * M + m] * odd(row[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) total[m][v] = acc[m][v];
+}
+
+template <int M, class X>
+void pairs_tile(const X* x, const uint32_t* w, int64_t k, vf (&total)[M][NV]) {
+  product_pairs<M>(x, w, k < kDepth ? k : kDepth, total);
+  for (int64_t d = kDepth; d < k; d += kDepth) {
+    vf part[M][NV];
+    product_pairs<M>(x + d * M, w + d / 2 * kPanel, k - d < kDepth ? k - d : kDepth, part);
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < NV; v++) total[m][v] += part[m][v];
+  }
+}
+
 // One tile of M rows against one panel.
 template <int M, class W>
 void float_tile(const float* x, const W* w, int64_t k, vf (&total)[M][NV]) {
@@ -136,7 +185,11 @@ void one_tile(const Weight& w, const Packed& x, int64_t panel, int64_t tile, flo
       float_tile<M>(floats, static_cast<const float*>(w.data) + from, w.depth, total);
       break;
     case kBF16:
-      float_tile<M>(floats, static_cast<const bf16*>(w.data) + from, w.depth, total);
+      pairs_tile<M>(floats, static_cast<const uint32_t*>(w.data) + from / 2, w.depth, total);
+      break;
+    case kBF16Dots:
+      pairs_tile<M>(static_cast<const bf16*>(x.data) + at * w.depth,
+                    static_cast<const uint32_t*>(w.data) + from / 2, w.depth, total);
       break;
     case kF16:
       float_tile<M>(floats, static_cast<const f16*>(w.data) + from, w.depth, total);
@@ -229,10 +282,24 @@ inline void quantise(const float* x, int64_t n, int64_t padded, int64_t rows, in
 inline void pack_rows(const Weight& w, const float* x, int64_t stride, Packed& to, int64_t tile) {
   const int64_t rows = rows_of(to, tile), at = tile * to.tile;
   x += at * stride;
-  if (w.format <= kF16) {
+  if (w.format == kBF16Dots) {
+    bf16* out = static_cast<bf16*>(to.data) + at * w.depth;
+    for (int64_t m = 0; m < rows; m++) {
+      const float* row = x + m * stride;
+      for (int64_t d = 0; d < w.depth; d += 2) {
+        bf16* two = out + d * rows + 2 * m;
+        two[0] = narrow(row[d], static_cast<bf16*>(nullptr));
+        two[1] = d + 1 < w.k ? narrow(row[d + 1], static_cast<bf16*>(nullptr)) : bf16{0};
+      }
+    }
+    return;
+  }
+  if (!quantised(w.format)) {
     float* out = static_cast<float*>(to.data) + at * w.depth;
-    for (int64_t m = 0; m < rows; m++)
+    for (int64_t m = 0; m < rows; m++) {
       for (int64_t d = 0; d < w.k; d++) out[d * rows + m] = x[m * stride + d];
+      for (int64_t d = w.k; d < w.depth; d++) out[d * rows + m] = 0.0f;
+    }
     return;
   }
   int8_t* out = static_cast<int8_t*>(to.data) + at * w.depth;

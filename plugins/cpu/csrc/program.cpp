@@ -46,10 +46,11 @@ struct Run {
       case kEmbed: {
         const int32_t* ids = i.n1 ? step.positions : step.token_ids;
         float* y = at(i.out[0]);
-        rows(count, i.n0, [&](int64_t r) {
-          memcpy(y + r * i.n0, i.vector + int64_t(ids[r]) * i.n0, i.n0 * 4);
+        const char* table = reinterpret_cast<const char*>(i.vector);
+        return rows(count, i.n0, [&](int64_t r) {
+          const int64_t at = int64_t(ids[r]) * i.n0;
+          kernels().widen(table + at * (i.n2 == kF32 ? 4 : 2), i.n0, int32_t(i.n2), y + r * i.n0);
         });
-        return;
       }
       case kAdd: {
         const float* other = at(i.in[1]);

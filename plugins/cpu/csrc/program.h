@@ -6,7 +6,7 @@
 namespace tokenry {
 
 enum Op : int32_t {
-  kEmbed = 0,   // out = table (vector)[ids]; n0: width, n1: 0 token ids, 1 positions
+  kEmbed = 0,   // out = table (vector, of format n2)[ids]; n0: width, n1: 0 token ids, 1 positions
   kAdd = 1,     // out = in0 + in1
   kMul = 2,     // out = in0 * scalar
   kDiv = 3,     // out = in0 / scalar

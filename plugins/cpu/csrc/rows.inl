@@ -67,6 +67,19 @@ inline void boltzmann(const float* x, int64_t size, float most, float temperatur
   }
 }
 
+template <class T>
+void widen_as(const T* x, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(y + i, load(x + i));
+  for (; i < n; i++) y[i] = one(x[i]);
+}
+
+inline void widen(const void* x, int64_t n, int32_t format, float* y) {
+  if (format == kF32) return widen_as(static_cast<const float*>(x), n, y);
+  if (format == kF16) return widen_as(static_cast<const f16*>(x), n, y);
+  widen_as(static_cast<const bf16*>(x), n, y);
+}
+
 // kind 0: silu, 1: gelu (erf), 2: gelu (tanh)
 INLINE vf activate(vf x, int32_t kind) {
   if (kind == 0) return x / (1.0f + exp(min(-x, splat(88.0f))));

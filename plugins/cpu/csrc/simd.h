@@ -18,6 +18,7 @@ typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint8_t vb __attribute__((vector_size(4 * LANES)));
 typedef float vf_any __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint8_t vb_any __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
@@ -139,6 +140,31 @@ INLINE vf tanh(vf x) {
   vf series = a * (1.0f + x2 * (-0.33333333f + x2 * (0.13333334f - x2 * 0.053968254f)));
   vf y = a < 0.1f ? series : big;
   return x < 0.0f ? -y : y;
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool kDots = true;
+#else
+constexpr bool kDots = false;
+#endif
+
+// The two bf16 values of each lane: inputs 2d and 2d + 1 of an output.
+INLINE vf even(vu pairs) { return (vf)(pairs << 16); }
+INLINE vf odd(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+
+// acc[i] += w[i][0] * x[0] + w[i][1] * x[1] of bf16 pairs. Without the instruction the order of
+// the two and what becomes of subnormal numbers may differ from it.
+INLINE vf dot2(vf acc, vu w, uint32_t x) {
+#if defined(__AVX512BF16__)
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(int32_t(x)));
+#else
+  const uint32_t low = x << 16, high = x & 0xffff0000u;
+  float first, second;
+  memcpy(&first, &low, 4);
+  memcpy(&second, &high, 4);
+  acc += even(w) * first;
+  return acc + odd(w) * second;
+#endif
 }
 
 // acc[i] += sum over j < 4 of u[4i+j] * s[j], u unsigned, s signed bytes: 4 products a lane.

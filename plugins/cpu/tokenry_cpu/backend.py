@@ -10,9 +10,10 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,7 @@ class CpuBackend(Backend):
         threads = options.threads or usable_threads(root)
         torch.set_num_threads(threads)
         self._kernels: ModuleType = pick_kernels(options)
+        self._ops: Mapping[str, Any] = self._kernels.ops()
         if self._kernels is native_ops:
             native.set_threads(threads)
             # plain torch comes close, but its error function (gelu) and its threads' shares do not
@@ -134,13 +136,28 @@ class CpuBackend(Backend):
 
     def ops(self) -> Mapping[str, Op]:
         """Kernels whose rows do not depend on the batch."""
-        ops: Mapping[str, Op] = self._kernels.ops()
-        return ops
+        return self._ops
 
     def build_model(self, spec: ModelSpec, weights: WeightIter, ops: OpTable) -> StepFn:
-        """The core's model; with the native kernels its steps become one call each."""
-        step = super().build_model(spec, weights, ops)
-        return recorded(step) if self._kernels is native_ops else step
+        """The core's model; with the native kernels its steps become one call each, and one in
+        bfloat16 keeps weights and KV in it but computes in float32 between two products.
+        """
+        if self._kernels is not native_ops:
+            return super().build_model(spec, weights, ops)
+        self._ops["linear"].round_activations = spec.dtype == "bfloat16"
+        if spec.dtype == "bfloat16" and (wide := in_float32(spec)) is not None:
+            spec, weights = wide, ((name, t.bfloat16()) for name, t in weights)
+        return recorded(super().build_model(spec, weights, ops))
+
+
+def in_float32(spec: ModelSpec) -> ModelSpec | None:
+    """The spec with float32 between its ops, None where that would hold the weights so as well:
+    only the core's own decoders (they have a plan) leave their weights to `linear`.
+    """
+    if not (is_dataclass(spec) and any(f.name == "plan" for f in fields(spec))):
+        return None
+    wide: Any = replace(spec, dtype="float32")
+    return wide
 
 
 def pick_kernels(options: CpuOptions) -> ModuleType:

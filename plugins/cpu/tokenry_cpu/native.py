@@ -13,7 +13,7 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,33 +21,12 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
-FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+FORMATS = {
+    "float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "bfloat16_dots": 5,
+}  # fmt: skip
+"""bfloat16_dots: bfloat16 whose activations are rounded to bfloat16 once, summed in float32."""
 KV_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-
-
-class AttentionCall(ctypes.Structure):
-    """`struct Attention` of csrc/kernels.h; pointers as integers, strides in floats."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "v")),
-        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride")),
-        *((name, c_void_p) for name in ("kv", "out")),
-        *(
-            (name, c_void_p)
-            for name in ("q_start", "q_lens", "seq_lens", "block_table", "slots")
-        ),
-        *(
-            (name, c_int64)
-            for name in (
-                "tokens", "requests", "table_width", "heads", "kv_heads", "head_dim", "block_size",
-            )
-        ),
-        ("scale", c_float),
-        ("softcap", c_float),
-        ("window", c_int64),
-        ("format", c_int32),
-    )  # fmt: skip
 
 
 class Listener(Protocol):
@@ -97,12 +76,13 @@ def library() -> ctypes.CDLL:
         ("tk_isa", c_char_p, ()),
         ("tk_isas", c_char_p, ()),
         ("tk_set_isa", c_int32, (c_char_p,)),
+        ("tk_bf16_dots", c_int32, ()),
         ("tk_threads", None, (c_int32,)),
         ("tk_pack", p, (p, p, i, i, c_int32)),
         ("tk_bytes", i, (p,)),
         ("tk_free", None, (p,)),
         ("tk_linear", None, (p, p, i, i, p, i)),
-        ("tk_attention", None, (POINTER(AttentionCall),)),
+        ("tk_attention", None, (p,)),
         ("tk_rms_norm", None, (p, i, i, p, p, c_float, i, i, p, p)),
         ("tk_rope", None, (p, i, i, p, i, i, i, i, p, p, i, p, p)),
         ("tk_act_mul", None, (p, i, i, c_int32, p)),
@@ -134,9 +114,33 @@ def set_isa(name: str) -> bool:
     return bool(library().tk_set_isa(name.encode()))
 
 
+def bf16_dots() -> bool:
+    """Whether products of bfloat16 pairs are one instruction of the kernels that run."""
+    return bool(library().tk_bf16_dots())
+
+
 def set_threads(count: int) -> None:
     """Threads of one kernel, the caller's among them."""
     library().tk_threads(count)
+
+
+def narrowest(weight: Tensor) -> Tensor:
+    """The same values in 16 bits where they fit, else in float32."""
+    if weight.dtype in {torch.bfloat16, torch.float16}:
+        return weight
+    wide = weight.float()
+    for dtype in (torch.bfloat16, torch.float16):
+        few = wide[:16]  # most that do not fit are found out here
+        if torch.equal(few.to(dtype).float(), few):
+            narrow = wide.to(dtype)
+            if torch.equal(narrow.float(), wide):
+                return narrow
+    return wide
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As FORMATS and the core name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Weight:
@@ -235,7 +239,7 @@ def act_mul(x: Tensor, kind: str) -> Tensor:
 
 
 def attention(call: Any) -> None:
-    """Run an AttentionCall."""
+    """Run an abi.AttentionCall."""
     library().tk_attention(ctypes.byref(call))
 
 
@@ -254,5 +258,5 @@ def sample(
 
 
 def run(program: Any, step: Any) -> None:
-    """Run a program.ProgramCall on a program.StepCall."""
+    """Run a abi.ProgramCall on an abi.StepCall."""
     library().tk_run(ctypes.byref(program), ctypes.byref(step))

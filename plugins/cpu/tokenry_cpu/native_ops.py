@@ -16,6 +16,7 @@ from tokenry.backend.base import Op, SampleInputs, StepBatch
 from tokenry.backend.contract import KVSpec
 from tokenry.backend.reference import ReferenceOp
 from tokenry_cpu import native
+from tokenry_cpu.abi import AttentionCall
 from tokenry_cpu.moe import RowMoe
 
 QUANT = frozenset({"int8", "int4"})
@@ -46,12 +47,22 @@ def kv_shape(spec: KVSpec, num_blocks: int) -> tuple[int, ...]:
 class Linear(ReferenceOp):
     """x @ weight.T + bias on packed weights."""
 
+    round_activations = False
+    """Set by the backend for a model in bfloat16: where the kernels have the instruction, what
+    bfloat16 weights multiply is rounded to bfloat16 once; sums are float32 always.
+    """
+
     def pack(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """In the narrowest float format that loses nothing: a checkpoint in bfloat16 or float16
         stays in 16 bits.
         """
-        narrow = narrowest(weights["weight"])
-        name = str(narrow.dtype).removeprefix("torch.")
+        weight = weights["weight"]
+        if self.round_activations:  # the model is in bfloat16, whatever its parts were read as
+            weight = weight.bfloat16()
+        narrow = native.narrowest(weight)
+        name = native.name_of(narrow.dtype)
+        if name == "bfloat16" and self.round_activations and native.bf16_dots():
+            name = "bfloat16_dots"
         return {"packed": native.Weight(narrow, weights.get("bias"), name)}
 
     def quantize(self, weights: Mapping[str, Tensor], format: str) -> Mapping[str, Any]:
@@ -67,20 +78,6 @@ class Linear(ReferenceOp):
         if x.dtype != torch.float32:
             return packed(x.float()).to(x.dtype)
         return packed(x if x.stride(-1) == 1 else x.contiguous())
-
-
-def narrowest(weight: Tensor) -> Tensor:
-    """The same values in 16 bits where they fit, else in float32."""
-    if weight.dtype in {torch.bfloat16, torch.float16}:
-        return weight
-    wide = weight.float()
-    for dtype in (torch.bfloat16, torch.float16):
-        few = wide[:16]  # most that do not fit are found out here
-        if torch.equal(few.to(dtype).float(), few):
-            narrow = wide.to(dtype)
-            if torch.equal(narrow.float(), wide):
-                return narrow
-    return wide
 
 
 class RmsNorm(ReferenceOp):
@@ -145,7 +142,7 @@ class Attention(ReferenceOp):
         rows = [_rows(t) for t in (q, k, v)]
         out = torch.zeros((tokens, heads * head_dim))
         table = batch.block_table
-        call = native.AttentionCall(
+        call = AttentionCall(
             *(t.data_ptr() for t in rows),
             *(t.stride(0) for t in rows),
             kv_layer.data_ptr(),

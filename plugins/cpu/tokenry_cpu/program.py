@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,68 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokenry.backend.base import KV, StepBatch, StepFn
 from tokenry.backend.contract import Bucket
 from tokenry_cpu import native
+from tokenry_cpu.abi import Buffer, Instruction, Operand, ProgramCall, StepCall
 
 EMBED, ADD, MUL, DIV, TANH, GATHER, LINEAR, RMS_NORM, ROPE, ACT_MUL, ATTEND = range(11)
 TOKENS, REQUESTS = 5, 2
 """Of the recorded step: 4 new tokens of one request and 1 of another, so that a tensor's rows tell
 whether there is one for each token or one for each row of logits.
 """
-
-
-class Operand(ctypes.Structure):
-    """`struct Operand`."""
-
-    _fields_ = (("buffer", c_int32), ("offset", c_int32))
-
-
-class Instruction(ctypes.Structure):
-    """`struct Instruction`."""
-
-    _fields_ = (
-        ("op", c_int32),
-        ("rows", c_int32),
-        ("inputs", Operand * 3),
-        ("outputs", Operand * 2),
-        ("weight", c_void_p),
-        ("vector", c_void_p),
-        ("scalar", c_float),
-        ("scalar1", c_float),
-        *((f"n{i}", c_int64) for i in range(5)),
-    )
-
-
-class Buffer(ctypes.Structure):
-    """`struct Buffer`."""
-
-    _fields_ = (("width", c_int64), ("place", c_int64))
-
-
-class ProgramCall(ctypes.Structure):
-    """`struct Program`."""
-
-    _fields_ = (("instructions", c_void_p), ("count", c_int64), ("buffers", c_void_p))
-
-
-class StepCall(ctypes.Structure):
-    """`struct Step`."""
-
-    _fields_ = (
-        *(
-            (name, c_void_p)
-            for name in (
-                "token_ids", "positions", "logit_rows", "q_start", "q_lens", "seq_lens",
-                "block_table", "slots",
-            )
-        ),
-        *(
-            (name, c_int64)
-            for name in ("tokens", "requests", "rows", "table_width", "block_size", "share")
-        ),
-        ("kv", c_void_p),
-        ("kv_format", c_int32),
-        ("arena", c_void_p),
-        ("out", c_void_p),
-    )  # fmt: skip
 
 
 class Unfit(Exception):
@@ -129,7 +74,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._rows.add(_memory(out))
         elif name == "aten.embedding.default" and _memory(args[1]) in self._ids:
             which = self._ids[_memory(args[1])]
-            self._note(EMBED, [], [out], (out.shape[1], which), vector=args[0])
+            table = native.narrowest(args[0])
+            values = (out.shape[1], which, native.FORMATS[native.name_of(table.dtype)])
+            self._note(EMBED, [], [out], values, vector=table)
         elif name == "aten.index.Tensor" and _memory(args[1][0]) in self._rows:
             self._note(GATHER, [args[0]], [out])
         elif name == "aten.add.Tensor" and isinstance(args[1], Tensor) and not kwargs:
@@ -360,12 +307,18 @@ def _place(
 
 
 def recorded(step: StepFn) -> StepFn:
-    """The step as a program, recorded at its first call; as it is where that cannot be."""
-    state: list[StepFn] = []
+    """The step as a program, recorded at its first call; as it is where that cannot be. A program
+    has all that it needs of the step, which is let go with its copy of the embeddings.
+    """
+    state = [step]
+    del step
+    fresh = True
 
     def run(batch: StepBatch, kv: KV) -> Tensor:
-        if not state:
-            state.append(_record(step, batch, kv) or step)
+        nonlocal fresh
+        if fresh:
+            fresh = False
+            state[0] = _record(state[0], batch, kv) or state[0]
         return state[0](batch, kv)
 
     return run
