@@ -8,7 +8,8 @@ device wants otherwise than configured is applied here, once, and told in `Ready
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
@@ -21,9 +22,22 @@ from tokenry.errors import ConfigError
 from tokenry.hub import find_model
 from tokenry.messages import Ready, RequestLimits, Stats
 from tokenry.models.config import read_config
+from tokenry.models.generation import sampling_defaults, told
+from tokenry.models.pooling import (
+    ENCODERS,
+    Head,
+    PoolingPlan,
+    generates,
+    plan_pooling,
+    served_len,
+)
 from tokenry.models.registry import load_spec, pick_dtype
+from tokenry.params import NEEDS_LOGITS
+from tokenry.pooling import PoolingFacts
 from tokenry.runner.bucket_file import bucket_settings
+from tokenry.runner.encoder import EncoderRunner
 from tokenry.runner.memory import MemoryLimits, check_weights_fit
+from tokenry.runner.pooling import Pooler
 from tokenry.runner.runner import ModelRunner, RunnerConfig
 from tokenry.runner.sampling.processors import ProcessorFactory, installed_processors
 
@@ -33,7 +47,7 @@ Progress = Callable[[str, float], None]
 class Engine(EngineCore):
     """EngineCore whose stats also tell what the runner counts."""
 
-    def __init__(self, limits: EngineLimits, runner: ModelRunner) -> None:
+    def __init__(self, limits: EngineLimits, runner: ModelRunner | EncoderRunner) -> None:
         super().__init__(limits, runner)
         self._model_runner = runner
 
@@ -60,7 +74,7 @@ class Assembled:
 
     engine: Engine
     ready: Ready
-    runner: ModelRunner
+    runner: Any
     config: EngineConfig
 
 
@@ -79,6 +93,7 @@ def assemble(
     """
     path = find_model(config.model, config.revision)
     checkpoint = read_config(path)
+    defaults = sampling_defaults(path, config.generation_config)
     progress("opening device", 0.0)
     device = choose(
         discover(config.backend),
@@ -89,9 +104,15 @@ def assemble(
     backend = open_backend(device, config.backend_options)
     if compile_only and backend.caps.graphs != "aot":
         raise ConfigError(f"The {device.backend} backend does not compile ahead of time.")
-    changes = _changes(config, backend.caps)
+    pooling = plan_pooling(
+        path, checkpoint, task=config.task, method=config.pooling, matryoshka=config.matryoshka
+    )
+    tokens = generates(checkpoint.architecture, config.task, pooling)
+    whole = checkpoint.architecture.startswith(ENCODERS)
+    changes = _changes(config, backend.caps, whole=whole)
     config = apply_changes(config, changes)
-    config, context, fitted = _fit_step(config, checkpoint.max_len)
+    longest = checkpoint.max_len if pooling is None else served_len(path, checkpoint)
+    config, context, fitted = _fit_step(config, longest)
     changes += fitted
     spec = load_spec(
         path,
@@ -99,6 +120,8 @@ def assemble(
         max_model_len=context,
         dummy=config.load_format == "dummy",
         trust_remote_code=config.trust_remote_code,
+        pooling=pooling,
+        tokens=tokens,
     )
     _check_quantization(config, device.backend, backend.caps)
     weight_bytes = spec.weight_bytes // (
@@ -106,18 +129,31 @@ def assemble(
     )
     check_weights_fit(weight_bytes, backend.memory(), config.memory_fraction)
     processors = {**installed_processors(), **(logits_processors or {})}
-    runner = ModelRunner(
-        backend,
-        spec,
-        spec.weights(lambda share: progress("loading weights", share)),
-        _runner_config(config),
-        eos_token_ids=spec.eos_token_ids,
-        processors=processors,
-        progress=progress,
-    )
-    engine = Engine(_limits(config, runner), runner)
+    weights = spec.weights(lambda share: progress("loading weights", share))
+    head = None if pooling is None else Head(pooling, dummy=spec.dummy)
+    runner: ModelRunner | EncoderRunner
+    if whole and head is not None:
+        runner = EncoderRunner(
+            backend, spec, weights, _runner_config(config), head=head, progress=progress
+        )
+    else:
+        runner = ModelRunner(
+            backend,
+            spec,
+            weights,
+            _runner_config(config),
+            eos_token_ids=spec.eos_token_ids,
+            processors=processors,
+            pooler=None
+            if head is None
+            else Pooler(head, hidden=checkpoint.hidden_size, tokens=tokens),
+            progress=progress,
+        )
+    pools_whole = pooling is not None and pooling.method != "last"
+    engine = Engine(replace(_limits(config, runner), pools_whole=pools_whole), runner)
     notes = [*spec.notes, *(f"{c.field} = {c.value}: {c.why}" for c in changes)]
     notes += runner.notes
+    notes += told(defaults)
     fallbacks = runner.stats()[2]
     if fallbacks:
         named = ", ".join(f"{name} x{count}" for name, count in sorted(fallbacks.items()))
@@ -133,6 +169,7 @@ def assemble(
         dtype=spec.dtype,
         ledger=dict(runner.plan.ledger),
         notes=tuple(notes),
+        sampling_defaults=defaults,
         limits=RequestLimits(
             max_prompt_tokens=(
                 None if config.enable_chunked_prefill else config.max_num_batched_tokens
@@ -140,16 +177,32 @@ def assemble(
             max_top_k=backend.caps.sample_max_top_k,
             priorities=config.scheduling_policy == "priority",
             logits_processors=tuple(sorted(processors)),
+            tokens=tokens,
+            vectors=None if pooling is None else _facts(pooling),
+            unserved=NEEDS_LOGITS if backend.caps.sampling == "tokens" else (),
         ),
     )
     return Assembled(engine=engine, ready=ready, runner=runner, config=config)
 
 
-def _changes(config: EngineConfig, caps: Caps) -> list[Change]:
-    """What this device needs otherwise than configured."""
+def _facts(pooling: PoolingPlan) -> PoolingFacts:
+    """What a front must know of the vectors."""
+    return PoolingFacts(
+        kind=pooling.task,
+        width=pooling.width,
+        labels=pooling.labels,
+        matryoshka=pooling.matryoshka,
+        pairs=pooling.task == "classify",
+    )
+
+
+def _changes(config: EngineConfig, caps: Caps, *, whole: bool = False) -> list[Change]:
+    """What this device, or a model that reads texts as a whole, needs otherwise than configured."""
     changes = []
-    if not caps.phases.chunked:
+    if not caps.phases.chunked or whole:
         why = "the device cannot continue a prompt that is partly cached"
+        if whole:
+            why = "an encoder reads a text from both sides, so all of it at once"
         for field in ("enable_chunked_prefill", "enable_prefix_caching"):
             if getattr(config, field):
                 changes.append(Change(field=field, value=False, why=why))
@@ -220,7 +273,7 @@ def _runner_config(config: EngineConfig) -> RunnerConfig:
     )
 
 
-def _limits(config: EngineConfig, runner: ModelRunner) -> EngineLimits:
+def _limits(config: EngineConfig, runner: ModelRunner | EncoderRunner) -> EngineLimits:
     return EngineLimits(
         num_blocks=runner.plan.num_blocks,
         block_size=runner.block_size,

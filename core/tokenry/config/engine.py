@@ -82,6 +82,24 @@ class EngineConfig:
     record_steps: str | None = option(
         "append the shape of every step to this file, for `tokenry buckets`", None
     )
+    generation_config: str = option(
+        "auto: the model's generation_config.json gives the sampling defaults of requests; none: "
+        "it does not; or another directory or file",
+        "auto",
+    )
+    task: Literal["auto", "generate", "embed", "score", "classify", "generate+embed"] = option(
+        "what the model is asked for; auto: as its files say (an encoder or a directory of "
+        "sentence-transformers embeds, ...ForSequenceClassification scores or classifies)",
+        "auto",
+    )
+    pooling: Literal["auto", "cls", "mean", "last"] = option(
+        "which tokens make an embedding: the first, all, the last; auto: as the model's files say",
+        "auto",
+    )
+    matryoshka: bool = option(
+        "let requests cut embeddings by `dimensions` though the model's files do not allow it",
+        False,
+    )
     seed: int = option("seeds the requests that bring no seed of their own", 0)
 
     def __post_init__(self) -> None:

@@ -193,7 +193,7 @@ def blank_batch(
 
 def to_device(host: HostBatch, backend: Backend) -> tuple[StepBatch, Tensor]:
     """The batch on the device, and prev_row beside it: one buffer, one copy."""
-    host = replace(host, extra=backend.attn_inputs(host))
+    host = replace(host, extra={**host.extra, **backend.attn_inputs(host)})
     named: list[tuple[str, NDArray[Any]]] = [(name, getattr(host, name)) for name in FIELDS]
     named += [(f"extra.{name}", array) for name, array in host.extra.items()]
     buffer = np.concatenate([array.reshape(-1) for _, array in named], dtype=np.int32)
