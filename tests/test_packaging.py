@@ -92,9 +92,10 @@ def test_the_core_alone_runs_its_client_commands_without_torch(environment):
         capture_output=True,
         text=True,
         check=False,
-        input="",
+        input="Once upon a time\n",
     )
-    assert done.returncode != 0
+    assert done.returncode == 1
+    assert "No server answers at http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
 
 
