@@ -33,7 +33,8 @@ from tokenry.messages import (
     TokensEvent,
 )
 from tokenry.outputs import RequestOutput
-from tokenry.params import SamplingParams
+from tokenry.params import SamplingParams, default_params
+from tokenry.pooling import PoolingParams
 from tokenry.text.outputs import OutputKind, OutputProcessor, Update
 from tokenry.text.tokenizer import Tokenizer
 
@@ -171,6 +172,7 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str = "",
         param: str = "prompt",
+        pooling: PoolingParams | None = None,
     ) -> None:
         """Start a request now; its updates go to `queue`. Raises RequestError, and then nothing was
         started.
@@ -187,6 +189,7 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
             param=param,
+            pooling=pooling,
         )
         self._queues[request_id] = (queue, params.n)
         self._num_completions += params.n
@@ -215,7 +218,7 @@ class AsyncEngine:
         self.submit(
             name,
             ids,
-            params or SamplingParams(),
+            params or default_params(self.ready.sampling_defaults),
             queue,
             prompt=text,
             kind=kind,

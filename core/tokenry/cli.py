@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import tokenry
 from tokenry.config import (
@@ -31,9 +31,7 @@ from tokenry.config import (
     load,
 )
 from tokenry.errors import ConfigError, TokenryError
-
-if TYPE_CHECKING:
-    from tokenry.params import SamplingParams
+from tokenry.sampling_flags import add_sampling_flags, given_sampling
 
 Command = Callable[[argparse.Namespace], int]
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -127,7 +125,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("prompt", nargs="+", help="one or more prompts; '-' reads stdin")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-    _sampling_options(parser, longest="128, or what the context has room for")
+    add_sampling_flags(parser, longest="128, or what the context has room for")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, EngineConfig, skip=("model", "seed"))
     parser.set_defaults(run=_generate)
@@ -139,8 +137,8 @@ def _generate(args: argparse.Namespace) -> int:
     if len(args.prompt) > 1 and args.model is None:  # argparse gives the first to `model`
         raise AssertionError(args.prompt)
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
-    config, params = _config(EngineConfig, args, skip=("seed",)), _params(args)
-    asyncio.run(generate(config, prompts, params, quiet=args.quiet))
+    config = _config(EngineConfig, args, skip=("seed",))
+    asyncio.run(generate(config, prompts, given_sampling(args), quiet=args.quiet))
     return 0
 
 
@@ -152,7 +150,7 @@ def _chat_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", default="", help="key that the server asks for")
     parser.add_argument("--system", help="first message, of the role system")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-    _sampling_options(parser, longest="what the context has room for")
+    add_sampling_flags(parser, longest="what the context has room for")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, EngineConfig, skip=("model", "seed"))
     parser.set_defaults(run=_chat)
@@ -163,8 +161,8 @@ def _chat(args: argparse.Namespace) -> int:
 
     opening = [{"role": "system", "content": args.system}] if args.system else []
     if args.model is not None and args.url is None:
-        config, params = _config(EngineConfig, args, skip=("seed",)), _params(args)
-        asyncio.run(chat_here(config, opening, params, quiet=args.quiet))
+        config = _config(EngineConfig, args, skip=("seed",))
+        asyncio.run(chat_here(config, opening, given_sampling(args), quiet=args.quiet))
         return 0
     own = [f.name for f in dataclasses.fields(EngineConfig) if f.name not in ("model", "seed")]
     if given := [name for name in own if name in vars(args)]:
@@ -173,8 +171,7 @@ def _chat(args: argparse.Namespace) -> int:
             f"at --url {args.url or _DEFAULT_URL}.",
             mend="give it to tokenry serve, or chat MODEL without --url",
         )
-    wanted = {name: getattr(args, name) for name in ("model", "max_tokens", "seed", "temperature")}
-    body = {name: value for name, value in wanted.items() if value is not None}
+    body = given_sampling(args) | ({} if args.model is None else {"model": args.model})
     chat_with_server(args.url or _DEFAULT_URL, args.api_key, opening, body)
     return 0
 
@@ -283,20 +280,6 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "keys": ("API keys: add, list, remove", _keys_options),
     "version": ("print the version", _version_options),
 }
-
-
-def _sampling_options(parser: argparse.ArgumentParser, *, longest: str) -> None:
-    text = f"longest answer (default: {longest})"
-    parser.add_argument("--max-tokens", type=int, help=text)
-    text = "0 is greedy, at most 100, with a server 2 (default: 1)"
-    parser.add_argument("--temperature", type=float, default=1.0, help=text)
-    parser.add_argument("--seed", type=int, help="same seed, same text")
-
-
-def _params(args: argparse.Namespace) -> SamplingParams:
-    from tokenry.params import SamplingParams
-
-    return SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed)
 
 
 def _config(cls: Any, args: argparse.Namespace, *, skip: Sequence[str] = ()) -> Any:

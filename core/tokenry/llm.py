@@ -20,7 +20,7 @@ from tokenry.errors import ConfigError, EngineDead, RequestError
 from tokenry.hub import find_model
 from tokenry.messages import Ready, Stats, TokensEvent
 from tokenry.outputs import RequestOutput
-from tokenry.params import SamplingParams
+from tokenry.params import SamplingParams, default_params
 from tokenry.startup import StartLog, describe
 from tokenry.text.outputs import OutputProcessor, Update
 from tokenry.text.tokenizer import Tokenizer
@@ -142,8 +142,8 @@ class LLM:
         return self._tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses without sampling_params."""
-        return SamplingParams()
+        """What `generate` uses without sampling_params: with the model's own defaults."""
+        return default_params(self.ready.sampling_defaults)
 
     def get_metrics(self) -> Stats:
         """The engine's counters and gauges now."""
@@ -203,7 +203,8 @@ class LLM:
         use_tqdm: bool,
         priority: Sequence[int] | None,
     ) -> list[RequestOutput]:
-        all_params = _one_each(sampling_params, len(prompts))
+        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        all_params = _one_each(given, len(prompts))
         ranks = list(priority) if priority is not None else [0] * len(prompts)
         if len(ranks) != len(prompts):
             raise RequestError(
@@ -318,10 +319,10 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    params: SamplingParams | Sequence[SamplingParams], count: int
 ) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise RequestError(
             f"{len(params)} sampling_params for {count} prompts.",

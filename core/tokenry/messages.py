@@ -68,6 +68,8 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
     finish_reason    set in the last event; error then has the text if it is "error", and refusal
                      all there is to say if the request itself is at fault.
     stop_reason      the stop token id that ended it (None for EOS and length).
+    complete         the last token completed the request's grammar: it belongs to the text, though
+                     finish_reason is "stop".
     pooled           the vector of a pooling request, float32 little-endian, in its last event.
     times            monotonic seconds of the engine's clock: queued, first scheduled, this event.
     """
@@ -78,6 +80,7 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    complete: bool = False
     error: str | None = None
     refusal: Refusal | None = None
     pooled: bytes | None = None
@@ -125,6 +128,8 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     max_top_k           largest top_k that the device draws from.
     priorities          whether the queue knows priorities.
     logits_processors   names of those installed; None: not told.
+    unserved            fields of SamplingParams that the device, which draws by itself, cannot
+                        honour.
     tokens              whether the model gives tokens at all; vectors: what vectors it gives, None
                         if none.
     """
@@ -133,12 +138,17 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     max_top_k: int | None = None
     priorities: bool = False
     logits_processors: tuple[str, ...] | None = None
+    unserved: tuple[str, ...] = ()
     tokens: bool = True
     vectors: PoolingFacts | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The engine serves. Facts that a front needs and shows."""
+    """The engine serves. Facts that a front needs and shows.
+
+    sampling_defaults   fields of SamplingParams for requests that do not set them; max_tokens is
+                        the most that any gets.
+    """
 
     max_model_len: int
     num_blocks: int
@@ -151,6 +161,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     ledger: dict[str, int]
     notes: tuple[str, ...] = ()
     limits: RequestLimits = RequestLimits()
+    sampling_defaults: dict[str, int | float] = {}
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -9,7 +9,7 @@ Every field that cannot be served is an error that names the field; nothing is d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -268,6 +268,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise RequestError(text, param="dry_sequence_breakers")
 
 
+NEEDS_LOGITS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_p",
+    "min_tokens",
+    "bad_words",
+    "logit_bias",
+    "allowed_token_ids",
+    "logits_processor",
+    "logprobs",
+    "prompt_logprobs",
+    "typical_p",
+    "top_n_sigma",
+    "xtc_probability",
+    "mirostat",
+    "dry_multiplier",
+    "no_repeat_ngram_size",
+    "watermark",
+    "structured_outputs",
+)
+"""Fields that no device serves which gives token ids instead of logits."""
+
 _FLAGS = (
     "ignore_eos",
     "detokenize",
@@ -275,6 +298,17 @@ _FLAGS = (
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
 )
+
+
+def default_params(defaults: Mapping[str, int | float], **given: Any) -> SamplingParams:
+    """SamplingParams of what was given and of the model's own defaults, whose max_tokens is the
+    most that anybody gets (see `Ready.sampling_defaults`).
+    """
+    values = {**defaults, **given}
+    asked, most = given.get("max_tokens"), defaults.get("max_tokens")
+    if most is not None:
+        values["max_tokens"] = most if asked is None else min(asked, most)
+    return SamplingParams(**values)
 
 
 def check_whole(name: str, ids: Sequence[object], *, param: str | None = None) -> None:

@@ -29,13 +29,14 @@ WORDS = "/quit or Ctrl-D leaves, /new forgets the conversation, /help says this"
 
 
 async def generate(
-    config: EngineConfig, prompts: Sequence[str], params: SamplingParams, *, quiet: bool
+    config: EngineConfig, prompts: Sequence[str], sampling: Mapping[str, Any], *, quiet: bool
 ) -> None:
     """Continue the prompts one after the other. Raises RequestError if an answer that was asked for
     does not fit, before anything is printed.
     """
     engine = await _start(config, quiet=quiet)
     try:
+        params = _params(engine, sampling)
         encoded = [engine.tokenizer.encode(prompt) for prompt in prompts]
         for ids in encoded:
             _check_length(engine, ids, params)
@@ -52,12 +53,13 @@ async def generate(
 
 
 async def chat_here(
-    config: EngineConfig, opening: Sequence[Message], params: SamplingParams, *, quiet: bool
+    config: EngineConfig, opening: Sequence[Message], sampling: Mapping[str, Any], *, quiet: bool
 ) -> None:
     """Talk with a model started here, until the person leaves."""
     engine = await _start(config, quiet=quiet)
     try:
         messages = list(opening)
+        params = _params(engine, sampling)
         _greet()
         while await asyncio.to_thread(_ask, messages, opening):
             text = engine.tokenizer.chat_template.render(messages)
@@ -165,6 +167,13 @@ async def _start(config: EngineConfig, *, quiet: bool) -> AsyncEngine:
         raise
     log.say(*describe(engine.ready))
     return engine
+
+
+def _params(engine: AsyncEngine, sampling: Mapping[str, Any]) -> SamplingParams:
+    """What was given, and the model's own defaults; without a length as long as there is room."""
+    from tokenry.params import default_params
+
+    return default_params(engine.ready.sampling_defaults, **{"max_tokens": None, **sampling})
 
 
 def _check_length(engine: AsyncEngine, ids: Sequence[int], params: SamplingParams) -> None:

@@ -19,6 +19,9 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option(
         "name(s) that requests may use; without it the model as given", ()
     )
+    alias: tuple[str, ...] = option(
+        "NAME=MODEL: one more name for a model, where several are served", ()
+    )
     api_key: tuple[str, ...] = option("key(s) that requests must bring as a bearer token", ())
     api_keys_file: str | None = option(
         "file of hashed keys with their limits, see `tokenry keys`; read anew when it changes", None
@@ -57,6 +60,14 @@ class ServerConfig:
     strict_params: bool = option(
         "answer unknown request fields with 400 (otherwise a header names them)", False
     )
+    watermark: Literal["kgw", "gumbel"] | None = option(
+        "mark every answer, so that `tokenry watermark detect` can tell it with the same options",
+        None,
+    )
+    watermark_key: int = option("secret key of the mark, 64 bits", 0)
+    watermark_gamma: float = option("kgw: share of the tokens that are green", 0.25)
+    watermark_delta: float = option("kgw: what is added to the logits of green tokens", 2.0)
+    watermark_context: int = option("tokens that are hashed with the key", 1)
     log_level: Literal["debug", "info", "warning", "error"] = option("how much is logged", "info")
     log_format: Literal["text", "json"] = option("lines of text, or one JSON object each", "text")
     otlp_endpoint: str | None = option(
@@ -70,6 +81,11 @@ class ServerConfig:
     log_prompts: bool = option(
         "each request's prompt in its line of the log, not only counts", False
     )
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether requests must bring a key."""
+        return bool(self.api_key) or self.api_keys_file is not None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -13,8 +13,12 @@ import msgspec
 from tokenry.errors import ContextLengthExceeded, RequestError
 from tokenry.messages import RequestLimits
 from tokenry.params import SamplingParams, check_whole
+from tokenry.pooling import PoolingParams
+from tokenry.text.breakers import Breakers
+from tokenry.text.pooling import check_params, check_wanted
 from tokenry.text.tokenizer import Tokenizer
 
+NEUTRAL = SamplingParams()
 MAX_PRIORITY = 1000
 """A priority is worth a bounded number of steps (see engine/scheduler.py), so its size is, too."""
 
@@ -31,16 +35,24 @@ class Admission:
         limits: RequestLimits,
     ) -> None:
         self._tokenizer = tokenizer
+        self._breakers = Breakers(tokenizer)
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._limits = limits
 
     def __call__(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, priority: int, param: str
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int,
+        param: str,
+        pooling: PoolingParams | None = None,
     ) -> SamplingParams:
         """The params, completed. Raises RequestError if the request cannot be served; `param` is
         the prompt's field.
         """
+        self._check_task(pooling)
         self._check_prompt(prompt_ids, param, asked=params.max_tokens)
         self._check_ids(param, prompt_ids)
         self._check_ids("stop_token_ids", params.stop_token_ids)
@@ -59,6 +71,10 @@ class Admission:
         words = tokenize_bad_words(params.bad_words, self._tokenizer)
         for word in words:
             self._check_ids("bad_words", word)
+        if params.dry_multiplier:
+            self._check_ids("dry_breaker_ids", params.dry_breaker_ids)
+            ids = params.dry_breaker_ids or self._breakers.ids(params.dry_sequence_breakers)
+            params = msgspec.structs.replace(params, dry_breaker_ids=ids)
         return complete_params(params, words, self._max_model_len - len(prompt_ids))
 
     def _check_prompt(self, prompt_ids: Sequence[int], param: str, *, asked: int | None) -> None:
@@ -83,6 +99,13 @@ class Admission:
                 f"top_k is {params.top_k}, this device draws from {limits.max_top_k} at most.",
                 param="top_k",
             )
+        for field in limits.unserved:
+            if getattr(params, field) != getattr(NEUTRAL, field):
+                raise RequestError(
+                    f"{field} cannot be served: this device draws by itself and gives no logits.",
+                    param=field,
+                    code="unsupported",
+                )
         known = limits.logits_processors
         if name is not None and known is not None and name not in known:
             raise RequestError(
@@ -101,6 +124,20 @@ class Admission:
                 param="priority",
                 mend="--scheduling-policy priority on the server, or no priority",
             )
+
+    def _check_task(self, pooling: PoolingParams | None) -> None:
+        """Tokens are asked only of a model that generates, vectors only of one that gives them."""
+        vectors = self._limits.vectors
+        if pooling is None and not self._limits.tokens:
+            gives = "embeddings" if vectors is None or vectors.kind == "embed" else "scores"
+            raise RequestError(
+                f"This model gives {gives}; it does not generate text.",
+                param="model",
+                code="unsupported",
+                mend="ask a generating model, or start this one with --task generate if it is one",
+            )
+        if pooling is not None:
+            check_params(check_wanted(vectors, vectors.kind if vectors else "", "vectors"), pooling)
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
         if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
