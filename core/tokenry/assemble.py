@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from tokenry.config import Change, EngineConfig, apply_changes
 from tokenry.engine.core import EngineCore
 from tokenry.engine.limits import EngineLimits
 from tokenry.errors import ConfigError
+from tokenry.grammar.compiler import GrammarCompiler, Vocabulary
 from tokenry.hub import find_model
 from tokenry.messages import Ready, RequestLimits, Stats
 from tokenry.models.config import read_config
@@ -40,6 +42,7 @@ from tokenry.runner.memory import MemoryLimits, check_weights_fit
 from tokenry.runner.pooling import Pooler
 from tokenry.runner.runner import ModelRunner, RunnerConfig
 from tokenry.runner.sampling.processors import ProcessorFactory, installed_processors
+from tokenry.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
 
@@ -47,8 +50,13 @@ Progress = Callable[[str, float], None]
 class Engine(EngineCore):
     """EngineCore whose stats also tell what the runner counts."""
 
-    def __init__(self, limits: EngineLimits, runner: ModelRunner | EncoderRunner) -> None:
-        super().__init__(limits, runner)
+    def __init__(
+        self,
+        limits: EngineLimits,
+        runner: ModelRunner | EncoderRunner,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        super().__init__(limits, runner, grammars)
         self._model_runner = runner
 
     def stats(self) -> Stats:
@@ -150,7 +158,11 @@ def assemble(
             progress=progress,
         )
     pools_whole = pooling is not None and pooling.method != "last"
-    engine = Engine(replace(_limits(config, runner), pools_whole=pools_whole), runner)
+    engine = Engine(
+        replace(_limits(config, runner), pools_whole=pools_whole),
+        runner,
+        GrammarCompiler(lambda: _vocabulary(config, path, spec.vocab_size)) if tokens else None,
+    )
     notes = [*spec.notes, *(f"{c.field} = {c.value}: {c.why}" for c in changes)]
     notes += runner.notes
     notes += told(defaults)
@@ -213,6 +225,19 @@ def _changes(config: EngineConfig, caps: Caps, *, whole: bool = False) -> list[C
         why = "the device cannot take the next step's tokens from the last one"
         changes.append(Change(field="overlap", value=False, why=why))
     return changes
+
+
+def _vocabulary(config: EngineConfig, model: Path, vocab_size: int) -> Vocabulary:
+    """Of the tokenizer that the fronts have; read when a grammar first needs it."""
+    source = model if config.tokenizer is None else find_model(config.tokenizer)
+    tokenizer = Tokenizer.load(source, model_path=model)
+    added = tokenizer.core.get_added_tokens_decoder()
+    return Vocabulary(
+        tokenizer_json=tokenizer.core.to_str(),
+        vocab_size=max(vocab_size, tokenizer.vocab_size),
+        eos_token_ids=tuple(i for i in tokenizer.eos_token_ids if i < vocab_size),
+        special_ids={token.content: i for i, token in added.items() if token.special},
+    )
 
 
 def _check_quantization(config: EngineConfig, name: str, caps: Caps) -> None:

@@ -18,22 +18,30 @@ from tokenry.messages import FinishReason, TokensEvent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """How many of a step's tokens the request took, and whether one of them ended it."""
+    """How many of a step's tokens the request took, and whether one of them ended it.
+
+    complete   the last one completed its grammar: it belongs to the answer, unlike an end token.
+    """
 
     count: int
     finish: FinishReason | None = None
     stop_reason: int | None = None
+    complete: bool = False
 
 
 def take_tokens(request: Request, token_ids: Sequence[int]) -> Taken:
     """Append the tokens until one ends the request; those after it are dropped."""
     for count, token in enumerate(token_ids, 1):
         request.tokens.append(token)
+        complete = request.matcher is not None and request.matcher.accept(token)
         if request.num_output >= request.params.min_tokens:
             if token in request.eos_ids:
                 return Taken(count=count, finish="stop")
             if token in request.stop_ids:
                 return Taken(count=count, finish="stop", stop_reason=token)
+        if complete:  # nothing could follow, so min_tokens has no say
+            ends = token in request.eos_ids or token in request.stop_ids
+            return Taken(count=count, finish="stop", complete=not ends)
         if len(request.tokens) >= request.max_len:
             return Taken(count=count, finish="length")
     return Taken(count=len(token_ids))

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from tokenry.engine.gate import Gate, Grammars
 from tokenry.engine.limits import EngineLimits
 from tokenry.engine.scheduler import Scheduler
 from tokenry.errors import Refusal, RequestError, TokenryError
@@ -22,17 +23,25 @@ from tokenry.plan import StepPlan, StepResult, StepRunner
 
 log = logging.getLogger(__name__)
 Waiter = Callable[[], StepResult]
+GATE_PATIENCE_S = 0.02
+"""How long a step waits for a grammar where nothing else is to be done; commands wait as long."""
 
 
 class EngineCore:
-    """Owns the scheduler and the steps in flight. Not thread-safe: one thread calls it."""
+    """Owns the scheduler and the steps in flight. Not thread-safe: one thread calls it.
 
-    def __init__(self, limits: EngineLimits, runner: StepRunner) -> None:
+    grammars   compiles what answers are bound to; without it such requests are refused.
+    """
+
+    def __init__(
+        self, limits: EngineLimits, runner: StepRunner, grammars: Grammars | None = None
+    ) -> None:
         self.limits = limits
         self._scheduler = Scheduler(limits)
         self._runner = runner
         self._in_flight: deque[tuple[StepPlan, Future[Waiter]]] = deque()
-        self._refused: list[TokensEvent] = []
+        self._gate = Gate(grammars)
+        self._told: list[TokensEvent] = []
         self._worker = ThreadPoolExecutor(1, "tokenry-step") if limits.overlap else None
 
     def add(self, message: AddRequest) -> None:
@@ -40,18 +49,17 @@ class EngineCore:
         step.
         """
         try:
-            self._scheduler.add(message)
+            if message.params.structured_outputs is not None:
+                self._gate.add(message)
+            else:
+                self._scheduler.add(message)
         except RequestError as error:
-            event = TokensEvent(
-                request_id=message.request_id,
-                finish_reason="error",
-                error=error.message,
-                refusal=Refusal.of(error),
-            )
-            self._refused.append(event)
+            self._told.append(_refusal(message.request_id, error))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests without an event; unknown ids are ignored."""
+        request_ids = tuple(request_ids)
+        self._scheduler.counters.aborted += self._gate.abort(request_ids)
         for request_id in request_ids:
             self._scheduler.abort(request_id)
 
@@ -59,27 +67,32 @@ class EngineCore:
         """Plan and launch one step, take in the oldest one that is due; [] is no sign that the work
         is done.
         """
+        self._let_in()
         plan = self._scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._launch(plan)))
         depth = 1 if self._worker is not None and plan is not None else 0
         if len(self._in_flight) > depth:
             self._finish_oldest()
-        events = self._refused + self._scheduler.take_events()
-        self._refused = []
+        elif plan is None and not self._told:
+            self._gate.wait(GATE_PATIENCE_S)  # nothing else is to be done
+        events = self._told + self._scheduler.take_events()
+        self._told = []
         return events
 
     def has_work(self) -> bool:
         """Whether a step would do, or owes, something."""
         s = self._scheduler
-        return bool(self._in_flight or self._refused or s.num_running or s.num_waiting)
+        return bool(
+            self._in_flight or self._told or s.num_running or s.num_waiting or len(self._gate)
+        )
 
     def stats(self) -> Stats:
         """Counters and gauges of the scheduler (of the runner: see `assemble`)."""
         s, c = self._scheduler, self._scheduler.counters
         return Stats(
             num_running=s.num_running,
-            num_waiting=s.num_waiting,
+            num_waiting=s.num_waiting + len(self._gate),
             kv_usage=s.blocks.num_held / max(1, s.blocks.num_usable),
             num_blocks=s.blocks.num_blocks,
             num_preemptions=c.preemptions,
@@ -111,6 +124,20 @@ class EngineCore:
             self._finish_oldest()
         if self._worker is not None:
             self._worker.shutdown()
+        self._gate.close()
+
+    def _let_in(self) -> None:
+        """Requests whose grammar is compiled; each is told so, or what is wrong with it."""
+        for passed in self._gate.take():
+            request_id, outcome = passed.message.request_id, passed.matcher
+            try:
+                if isinstance(outcome, RequestError):
+                    raise outcome
+                self._scheduler.add(passed.message, outcome)
+            except RequestError as error:
+                self._told.append(_refusal(request_id, error))
+            else:
+                self._told.append(TokensEvent(request_id=request_id))
 
     def _launch(self, plan: StepPlan) -> Future[Waiter]:
         if self._worker is not None:
@@ -142,3 +169,12 @@ class EngineCore:
         else:
             self._in_flight.popleft()
             self._scheduler.update(plan, result)
+
+
+def _refusal(request_id: str, error: RequestError) -> TokensEvent:
+    return TokensEvent(
+        request_id=request_id,
+        finish_reason="error",
+        error=error.message,
+        refusal=Refusal.of(error),
+    )

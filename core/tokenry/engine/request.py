@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from tokenry.engine.gate import Matcher
 from tokenry.messages import AddRequest
 from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
@@ -35,6 +36,7 @@ class Request:
     block_hashes   chained hashes of the full blocks that are entered in the prefix cache, or came
                    from it.
     mu             mirostat's bound after the last token, as the runner told it.
+    matcher        how far it is in its grammar, where it has one; follows `tokens`.
     epoch          counts preemptions, so that a result of an older life does not touch a newer
                    one's blocks.
     """
@@ -53,6 +55,7 @@ class Request:
     max_len: int
     queued_s: float
     pooling: PoolingParams | None = None
+    matcher: Matcher | None = None
     status: Status = Status.WAITING
     num_computed: int = 0
     num_pending: int = 0
@@ -70,6 +73,7 @@ class Request:
         cls,
         message: AddRequest,
         *,
+        matcher: Matcher | None = None,
         key: tuple[int, int],
         seed: int,
         max_model_len: int,
@@ -93,6 +97,7 @@ class Request:
             lora_name=message.lora_name,
             max_len=min(max_model_len, len(message.token_ids) + room),
             queued_s=now_s,
+            matcher=matcher,
             pooling=message.pooling,
         )
 

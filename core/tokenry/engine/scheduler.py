@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from tokenry.engine.answers import check_length, event_of, take_tokens, too_large
 from tokenry.engine.block_manager import BlockManager
+from tokenry.engine.gate import Matcher
 from tokenry.engine.limits import Counters, EngineLimits
 from tokenry.engine.prefix import enter_blocks, find_prefix
 from tokenry.engine.request import Request, Status
@@ -67,7 +68,7 @@ class Scheduler:
 
     # ---- what comes in -----------------------------------------------------------------------
 
-    def add(self, message: AddRequest) -> None:
+    def add(self, message: AddRequest, matcher: Matcher | None = None) -> None:
         """Queue a request. Raises RequestError for one that can never run."""
         limits = self.limits
         num_prompt = len(message.token_ids)
@@ -82,6 +83,7 @@ class Scheduler:
         )
         request = Request.from_message(
             message,
+            matcher=matcher,
             key=(urgency, self._arrivals),
             seed=(limits.seed << 32) ^ self._arrivals,
             max_model_len=limits.max_model_len,
@@ -234,6 +236,7 @@ class Scheduler:
             num_new=num_new,
             new_block_ids=block_ids,
             sample=sample,
+            mask=request.matcher.mask() if sample and request.matcher else None,
         )
         request.num_computed += num_new
         request.num_pending = int(sample)
@@ -347,6 +350,7 @@ class Scheduler:
                 logprobs=row.logprobs[: taken.count],
                 finish_reason=finish,
                 stop_reason=taken.stop_reason,
+                complete=taken.complete,
                 pooled=row.pooled,
             )
 

@@ -22,6 +22,7 @@ from tokenry.messages import AddRequest, RequestLimits, TokensEvent
 from tokenry.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from tokenry.params import SamplingParams
 from tokenry.plan import TokenLogprobs
+from tokenry.pooling import PoolingParams
 from tokenry.text.admission import Admission
 from tokenry.text.detokenizer import make_detokenizer
 from tokenry.text.stops import StopStrings
@@ -101,6 +102,7 @@ class OutputProcessor:
         cache_salt: str = "",
         lora_name: str | None = None,
         param: str = "prompt",
+        pooling: PoolingParams | None = None,
     ) -> list[AddRequest]:
         """Commands that start the request: one per completion. Raises RequestError, and then
         nothing was started.
@@ -109,7 +111,7 @@ class OutputProcessor:
             raise RequestError(
                 f"A request with the id {request_id!r} is running.", param="request_id"
             )
-        params = self._admit(prompt_ids, params, priority=priority, param=param)
+        params = self._admit(prompt_ids, params, priority=priority, param=param, pooling=pooling)
         state = RequestState(
             request_id,
             tuple(prompt_ids),
@@ -129,6 +131,7 @@ class OutputProcessor:
                 priority=priority,
                 cache_salt=cache_salt,
                 lora_name=lora_name,
+                pooling=pooling,
             )
             for i in range(params.n)
         ]
@@ -196,6 +199,7 @@ class RequestState:
         self._num_cached = 0
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
         self._prompt_logprobs_told = False
+        self._pooled: bytes | None = None
 
     @property
     def finished(self) -> bool:
@@ -232,6 +236,7 @@ class RequestState:
         if event.prompt_logprobs is not None and self._prompt_logprobs is None:
             entries = (logprobs_dict(entry, self._tokenizer) for entry in event.prompt_logprobs)
             self._prompt_logprobs = (None, *entries)
+        self._pooled = event.pooled
         news = child.take(event)
         stopped = child.finish_reason is not None and event.finish_reason is None
         if self.finished:
@@ -270,6 +275,7 @@ class RequestState:
                 first_token_s=self._first_token_s,
                 finished_s=self._finished_s,
             ),
+            pooled=self._pooled,
         )
 
 
@@ -296,9 +302,10 @@ class _Completion:
     def take(self, event: TokensEvent) -> CompletionOutput:
         """Take the event in; what it added."""
         num_before, text = len(self._token_ids), ""
+        ended = event.finish_reason == "stop" and not event.complete
         for position, token_id in enumerate(event.token_ids):
             last = position == len(event.token_ids) - 1
-            text += self._token(token_id, ends=last and event.finish_reason == "stop")
+            text += self._token(token_id, ends=last and ended)
             if self._logprobs is not None and position < len(event.logprobs):
                 entry = event.logprobs[position]
                 self._logprobs.append(logprobs_dict(entry, self._tokenizer))
