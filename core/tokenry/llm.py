@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from tokenry.backend.discovery import check_installed
 from tokenry.config import EngineConfig, load
 from tokenry.errors import ConfigError, EngineDead, RequestError
@@ -21,9 +23,19 @@ from tokenry.hub import find_model
 from tokenry.messages import Ready, Stats, TokensEvent
 from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams, default_params
+from tokenry.pooling import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    PooledRequest,
+    PoolingOutput,
+    PoolingParams,
+    ScoringOutput,
+)
 from tokenry.startup import StartLog, describe
 from tokenry.text.outputs import OutputProcessor, Update
+from tokenry.text.pooling import PooledInput
 from tokenry.text.tokenizer import Tokenizer
+from tokenry.vectors import Text, Vectors
 
 if TYPE_CHECKING:
     from tokenry.assemble import Assembled
@@ -137,6 +149,37 @@ class LLM:
             encoded.append((text, self._tokenizer.encode(text, add_special_tokens=False)))
         return self._run(encoded, sampling_params, use_tqdm=use_tqdm, priority=None)
 
+    def embed(
+        self, prompts: Text | Sequence[Text], *, pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None, use_tqdm: bool = True,
+    ) -> list[PooledRequest[EmbeddingOutput]]:  # fmt: skip
+        """One embedding per text. truncate_prompt_tokens: -1 cuts texts to the model's length,
+        without it a longer one is a RequestError, as any input of a model without embeddings.
+        """
+        return self._vectors(truncate_prompt_tokens, use_tqdm).embed(prompts, pooling_params)
+
+    def classify(
+        self, prompts: Text | Sequence[Text], *, pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None, use_tqdm: bool = True,
+    ) -> list[PooledRequest[ClassificationOutput]]:  # fmt: skip
+        """Probabilities of each text's classes; see `embed`."""
+        return self._vectors(truncate_prompt_tokens, use_tqdm).classify(prompts, pooling_params)
+
+    def score(
+        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *,
+        pooling_params: PoolingParams | None = None, truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PooledRequest[ScoringOutput]]:  # fmt: skip
+        """How well texts belong together, one with each of many or pair by pair; see `embed`."""
+        return self._vectors(truncate_prompt_tokens, use_tqdm).score(data_1, data_2, pooling_params)
+
+    def encode(
+        self, prompts: Text | Sequence[Text], *, pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None, use_tqdm: bool = True,
+    ) -> list[PooledRequest[PoolingOutput]]:  # fmt: skip
+        """What the model computes of each text, be it an embedding or classes; see `embed`."""
+        return self._vectors(truncate_prompt_tokens, use_tqdm).encode(prompts, pooling_params)
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._tokenizer
@@ -195,6 +238,15 @@ class LLM:
             return prompt, self._tokenizer.encode(prompt)
         return None, _list(prompt, where)
 
+    def _vectors(self, truncate: int | None, use_tqdm: bool) -> Vectors:
+        def run(inputs: Sequence[PooledInput], params: PoolingParams) -> list[RequestOutput]:
+            each = [msgspec.structs.replace(params, second_text=one.second_text) for one in inputs]
+            prompts = [(one.text, list(one.token_ids)) for one in inputs]
+            nothing = SamplingParams(max_tokens=0)
+            return self._run(prompts, nothing, use_tqdm=use_tqdm, priority=None, pooling=each)
+
+        return Vectors(self._tokenizer, self.ready, run, truncate=truncate)
+
     def _run(
         self,
         prompts: Sequence[tuple[str | None, list[int]]],
@@ -202,6 +254,7 @@ class LLM:
         *,
         use_tqdm: bool,
         priority: Sequence[int] | None,
+        pooling: Sequence[PoolingParams] | None = None,
     ) -> list[RequestOutput]:
         given = self.get_default_sampling_params() if sampling_params is None else sampling_params
         all_params = _one_each(given, len(prompts))
@@ -224,6 +277,7 @@ class LLM:
                     kind="final",
                     priority=ranks[i],
                     param=f"prompts[{i}]",
+                    pooling=None if pooling is None else pooling[i],
                 )
             for command in commands:
                 engine.add(command)

@@ -60,6 +60,7 @@ class RequestOutput:
     """The state of one request: all of its completions so far.
 
     prompt_logprobs     one entry per prompt token, the first None.
+    pooled              the vector of a pooling request, float32 little-endian, when it is finished.
     num_cached_tokens   prompt tokens whose KV came from the prefix cache.
     """
 
@@ -71,3 +72,4 @@ class RequestOutput:
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+    pooled: bytes | None = None
