@@ -23,11 +23,16 @@ def describe(ready: Ready) -> list[str]:
     """The model and its device, the ledger, what the KV cache holds, and every note."""
     ledger = ", ".join(f"{what} {in_units(size)}" for what, size in ready.ledger.items())
     tokens = (ready.num_blocks - 1) * ready.block_size  # block 0 holds nobody's tokens
+    room = (
+        f"KV cache for {tokens} tokens: {tokens / ready.max_model_len:.1f} requests of that "
+        "length at once"
+        if ready.num_blocks
+        else "no KV cache: texts are read as a whole"
+    )
     return [
         f"{ready.architecture} in {ready.dtype} on {ready.device_name} ({ready.backend})",
         f"memory: {ledger}" if ledger else "memory: not told by the backend",
-        f"context {ready.max_model_len} tokens, KV cache for {tokens} tokens: "
-        f"{tokens / ready.max_model_len:.1f} requests of that length at once",
+        f"context {ready.max_model_len} tokens, {room}",
         *(f"note: {note}" for note in ready.notes),
     ]
 
