@@ -63,5 +63,5 @@ $(VENV)/serve: $(VENV)/pip pyproject.toml plugins/cpu/pyproject.toml demo/pyproj
 
 $(VENV)/dev: $(VENV)/serve
 	@echo "tokenry: installing what the tests need (about a minute)"
-	@$(INSTALL) --no-build-isolation -e '.[bench,dev,hf]' -e plugins/hpu -e plugins/neuron
+	@$(INSTALL) --no-build-isolation -e '.[bench,dev,otel,hf]' -e plugins/hpu -e plugins/neuron
 	@touch $@

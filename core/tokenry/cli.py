@@ -96,7 +96,11 @@ def _parser(args: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="directory, hub id or installed model ('demo')")
+    parser.add_argument(
+        "models", nargs="*", metavar="model",
+        help="directory, hub id or installed model ('demo'); each of several gets an engine process "
+        "of its own, and requests are routed by their `model`",
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, ServerConfig)
     add_arguments(parser, EngineConfig, skip=("model",))
@@ -109,12 +113,14 @@ def _serve(args: argparse.Namespace) -> int:
 
     server = _config(ServerConfig, args)
     try:
+        args.model = args.models[0] if args.models else None
         engine = _config(EngineConfig, args)
     except ConfigError as error:
         if error.message.startswith("No model") and len(server.served_model_name) > 1:
             error.mend = f"MODEL before --served-model-name; {error.mend}"
         raise
-    return serve(engine, server)
+    others = [dataclasses.replace(engine, model=model) for model in args.models[1:]]
+    return serve([engine, *others], server)
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:

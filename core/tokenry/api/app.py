@@ -1,4 +1,4 @@
-"""The routes, put together. In: a `Service`. Out: an ASGI application.
+"""The routes, put together. In: the `Fleet`. Out: an ASGI application.
 
 A new route is one line in `ENDPOINTS`; the OpenAPI document reads the same list.
 """
@@ -10,15 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
-from tokenry.api import messages_api, operate, responses_api, tgi, tokenize
+from tokenry.api import admin, messages_api, operate, responses_api, tgi, tokenize
 from tokenry.api.chat import chat_completions
 from tokenry.api.completions import completions
 from tokenry.api.errors import on_http_exception, on_tokenry_error
+from tokenry.api.fleet import Fleet
 from tokenry.api.middleware import Faults, guarded
 from tokenry.api.responses_store import ResponseStore
 from tokenry.api.routes import Endpoint, get, post, routes_of
 from tokenry.api.schema import ChatRequest, CompletionRequest
-from tokenry.api.service import Service
 from tokenry.errors import TokenryError
 
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -29,6 +29,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *responses_api.ENDPOINTS,
     *messages_api.ENDPOINTS,
     *tgi.ENDPOINTS,
+    *admin.ENDPOINTS,
     post("/tokenize", tokenize.tokenize, "Token ids of a text or chat.", tokenize.Tokenize),
     post("/detokenize", tokenize.detokenize, "Text of token ids.", tokenize.Detokenize),
     get("/tokenizer_info", tokenize.tokenizer_info, "The tokenizer's special tokens and sizes."),
@@ -42,7 +43,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 )
 
 
-def make_app(service: Service) -> ASGIApp:
+def make_app(fleet: Fleet) -> ASGIApp:
     """All routes, with errors in their client's shape around them."""
     app = Starlette(
         routes=routes_of(ENDPOINTS),
@@ -52,6 +53,8 @@ def make_app(service: Service) -> ASGIApp:
         },
         middleware=[Middleware(Faults)],
     )
+    service = fleet.first.service
+    app.state.fleet = fleet
     app.state.service = service
     app.state.responses = ResponseStore(service.config.max_stored_responses)
-    return guarded(app, service)
+    return guarded(app, fleet)

@@ -6,6 +6,7 @@ unless --log-prompts put it there (request_log.py).
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import traceback
@@ -63,3 +64,13 @@ def sayer(form: LogFormat) -> Callable[[str], None]:
             print(line, file=sys.stderr, flush=True)
 
     return say
+
+
+class LogStream(io.StringIO):
+    """A stream whose lines become lines of the log, for what prints its progress."""
+
+    def write(self, text: str) -> int:
+        """One print's text."""
+        if text.strip():
+            _server.info(text.strip())
+        return len(text)

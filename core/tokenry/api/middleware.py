@@ -16,9 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenry.api.caller import CALLER, Caller, targets_of
 from tokenry.api.errors import HTTPError, error_response, fault_response
+from tokenry.api.fleet import Fleet
 from tokenry.api.keys import Key, KeyRing
 from tokenry.api.limits import Account, Limits
-from tokenry.api.service import Service
+from tokenry.api.router import Router
 from tokenry.errors import TokenryError
 
 PUBLIC = frozenset(("/", "/health", "/livez", "/readyz", "/version", "/metrics"))
@@ -28,8 +29,9 @@ ADMIN = "/admin"
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
-def guarded(app: ASGIApp, service: Service) -> ASGIApp:
+def guarded(app: ASGIApp, fleet: Fleet) -> ASGIApp:
     """The application with all that stands before its routes; raises ConfigError for wrong keys."""
+    service = fleet.first.service
     config = service.config
     ring = KeyRing(
         config.api_key,
@@ -38,6 +40,7 @@ def guarded(app: ASGIApp, service: Service) -> ASGIApp:
         priorities=service.engine.config.scheduling_policy != "fcfs",
     )
     public = PUBLIC if config.public_metrics else PUBLIC - {"/metrics", "/version"}
+    app = Router(app, fleet=fleet)
     app = Gate(app, ring=ring, limits=Limits(), public=public, refused=service.metrics.refused)
     if config.cors_origins:
         app = CORSMiddleware(

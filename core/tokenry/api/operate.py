@@ -12,31 +12,43 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 import tokenry
+from tokenry.api.admin import fleet_of
 from tokenry.api.errors import RETRY_AFTER_S
-from tokenry.api.service import Service, service_of
+from tokenry.api.fleet import ServedModel
+from tokenry.api.service import service_of
 from tokenry.api.wire import JSON
+from tokenry.async_engine import AsyncEngine
 from tokenry.errors import TokenryError
 
+_WELL = ("ready", "sleeping", "unloaded")
 _STATS_PATIENCE_S = 0.5
 """A step may take longer than a scraper waits; the last known stats are good enough then."""
 
 
 async def models(request: Request) -> Response:
-    """The names that requests may use."""
-    service = service_of(request)
-    service.check_alive()
-    data = [_model(service, name) for name in service.model_names]
+    """The names that requests may use, of all models that are not unloaded."""
+    fleet = fleet_of(request)
+    if len(fleet) == 1:
+        fleet.first.service.check_alive()
+    data = [
+        _model(model, name)
+        for model in fleet
+        for name in model.service.model_names
+        if model.state != "unloaded"
+    ]
     return JSON({"object": "list", "data": data})
 
 
 async def model(request: Request) -> Response:
     """One of them; ids may hold slashes."""
-    service = service_of(request)
-    service.check_alive()
-    return JSON(_model(service, service.check_model(request.path_params["id"])))
+    name = request.path_params["id"]
+    found = fleet_of(request).find(name)
+    found.service.check_alive()
+    return JSON(_model(found, name))
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+def _model(model: ServedModel, name: str) -> dict[str, Any]:
+    service = model.service
     length = service.engine.ready.max_model_len if service.engine.is_ready else None
     return {
         "id": name,
@@ -46,6 +58,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "root": service.engine.config.model,
         "parent": None,
         "max_model_len": length,
+        "state": model.state,
     }
 
 
@@ -55,20 +68,34 @@ async def livez(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """200 when requests are served, else 503 and why."""
-    service = service_of(request)
-    engine = service.engine
-    progress = engine.progress
-    if service.draining:
-        return _unready({"status": "draining", "active": service.num_active})
-    if engine.dead is not None:
-        return _unready({"status": "dead", "cause": str(engine.dead)})
-    if not engine.is_ready:
-        state = {"status": "loading", "phase": progress.phase, "progress": progress.share}
-        return _unready(state)
-    if service.stalled is not None:
-        return _unready({"status": "stalled", "cause": service.stalled})
-    return JSON({"status": "ready"})
+    """200 when requests are served, else 503 and why. Of several models each must serve, but for
+    those that sleep or were unloaded.
+    """
+    fleet = fleet_of(request)
+    states = [(model, _state(model)) for model in fleet]
+    ill = [(model, state) for model, state in states if state["status"] not in _WELL]
+    told: dict[str, Any] = (ill or states)[0][1]
+    if len(fleet) > 1:
+        told = {**told, "models": {model.name: state for model, state in states}}
+        if ill:
+            told["model"] = ill[0][0].name
+        else:
+            told["status"] = "ready"
+    return _unready(told) if ill else JSON(told)
+
+
+def _state(model: ServedModel) -> dict[str, Any]:
+    service, state = model.service, model.state
+    if state == "draining":
+        return {"status": state, "active": service.num_active}
+    if state == "dead":
+        return {"status": state, "cause": str(service.engine.dead)}
+    if state == "loading":
+        progress = service.engine.progress
+        return {"status": state, "phase": progress.phase, "progress": progress.share}
+    if state == "stalled":
+        return {"status": state, "cause": service.stalled}
+    return {"status": state}
 
 
 def _unready(state: dict[str, Any]) -> Response:
@@ -88,11 +115,16 @@ async def version(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus' text, with the engine's stats of this moment where it answers in time."""
-    service = service_of(request)
-    if service.engine.is_ready:
-        with contextlib.suppress(TimeoutError, TokenryError):
-            await asyncio.wait_for(service.engine.stats(), _STATS_PATIENCE_S)
-    return Response(service.all_metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    fleet = fleet_of(request)
+    await asyncio.gather(
+        *(_fresh_stats(m.service.engine) for m in fleet if m.service.engine.is_ready)
+    )
+    return Response(fleet.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _fresh_stats(engine: AsyncEngine) -> None:
+    with contextlib.suppress(TimeoutError, TokenryError):
+        await asyncio.wait_for(engine.stats(), _STATS_PATIENCE_S)
 
 
 async def page(request: Request) -> Response:

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import signal
 import socket
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 
 from tokenry.api.app import make_app
-from tokenry.api.logs import set_up_logging
-from tokenry.api.metrics import Metrics
-from tokenry.api.service import Service
+from tokenry.api.fleet import Fleet, ServedModel
+from tokenry.api.logs import LogStream, sayer, set_up_logging
 from tokenry.api.tls import tls_options
 from tokenry.api.tracing import make_tracer
-from tokenry.api.watch import watch
-from tokenry.async_engine import AsyncEngine
 from tokenry.config import EngineConfig, ServerConfig
 from tokenry.engine_process import DEFAULT_FACTORY
 from tokenry.errors import ConfigError
-from tokenry.messages import Ready
+from tokenry.messages import Progress
 from tokenry.startup import StartLog, describe, follow
 
 _POLL_S = 0.05
@@ -66,37 +63,43 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def serve(
-    engine_config: EngineConfig, server_config: ServerConfig, *, factory: str = DEFAULT_FACTORY
+    engines: EngineConfig | Sequence[EngineConfig],
+    config: ServerConfig,
+    *,
+    factory: str = DEFAULT_FACTORY,
 ) -> int:
     """Serve until a signal ends it; raises TokenryError if the start fails."""
-    set_up_logging(server_config.log_level, server_config.log_format)
-    listener = listen(server_config)
+    set_up_logging(config.log_level, config.log_format)
+    listener = listen(config)
     with contextlib.closing(listener):
         import uvloop
 
-        return uvloop.run(_serve(engine_config, server_config, listener, factory))
+        configs = [engines] if isinstance(engines, EngineConfig) else engines
+        return uvloop.run(_serve(_sharing(configs), config, listener, factory))
+
+
+def _sharing(configs: Sequence[EngineConfig]) -> list[EngineConfig]:
+    """Several engines on one device share the memory that one would take."""
+    return [
+        dataclasses.replace(config, memory_fraction=config.memory_fraction / len(configs))
+        for config in configs
+    ]
 
 
 async def _serve(
-    engine_config: EngineConfig,
+    configs: Sequence[EngineConfig],
     config: ServerConfig,
     listener: socket.socket,
     factory: str,
 ) -> int:
-    engine = AsyncEngine(engine_config, chat_template=config.chat_template, factory=factory)
-    name = (config.served_model_name or (engine_config.model,))[0]
-    metrics = Metrics()
-    service = Service(
-        engine=engine,
-        config=config,
-        metrics=metrics.of_model(name, lambda: engine.latest_stats),
-        all_metrics=metrics,
-        tracer=make_tracer(config.otlp_endpoint),
-    )
+    say = sayer(config.log_format)
+    tracer = make_tracer(config.otlp_endpoint)
+    fleet = Fleet(configs, config, tracer=tracer, factory=factory, say=say)
     server = _Server(
         uvicorn.Config(
-            make_app(service),
+            make_app(fleet),
             log_level="warning" if config.log_level == "info" else config.log_level,
+            log_config=None if config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
             access_log=config.log_level == "debug",
             lifespan="off",
             http="httptools",
@@ -110,20 +113,18 @@ async def _serve(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         address = _address(listener, config)
-        _say(f"listening on {address}, loading {engine_config.model}")
-        if await _load(engine, stop):
-            for line in _welcome(engine.ready, address, name, key=bool(config.api_key)):
-                _say(line)
-            watching = asyncio.create_task(watch(service, _say))
+        say(f"listening on {address}, loading {', '.join(c.model for c in configs)}")
+        if await _load(fleet, stop, _start_log(config)):
+            for line in _welcome(fleet, address, config):
+                say(line)
             await stop.wait()
-            watching.cancel()
-            await _drain(service, hurry)
+            await _drain(fleet, config, hurry, say)
         return 0
     finally:
-        await engine.shutdown()
+        await fleet.shutdown()
         server.should_exit = True
         await serving
-        await asyncio.to_thread(service.tracer.close)
+        await asyncio.to_thread(tracer.close)
 
 
 def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
@@ -136,12 +137,12 @@ def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
 
 
-async def _load(engine: AsyncEngine, stop: asyncio.Event) -> bool:
-    """Load the model and say how far it is; False if a signal came first."""
-    loading = asyncio.create_task(_launch(engine))
+async def _load(fleet: Fleet, stop: asyncio.Event, log: StartLog) -> bool:
+    """Load the models and say how far they are; False if a signal came first."""
+    loading = asyncio.create_task(fleet.load_all())
     stopping = asyncio.create_task(stop.wait())
     try:
-        await follow(StartLog(), lambda: engine.progress, loading, stopping)
+        await follow(log, lambda: _progress(fleet), loading, stopping)
         if stopping.done():  # an engine that ended by the same signal is no error
             return False
         loading.result()
@@ -151,26 +152,40 @@ async def _load(engine: AsyncEngine, stop: asyncio.Event) -> bool:
         loading.cancel()
 
 
-async def _launch(engine: AsyncEngine) -> None:
-    await engine.launch()
-    await engine.wait_ready()
+def _progress(fleet: Fleet) -> Progress:
+    """Of the model that is loading now."""
+    model = next((m for m in fleet if m.state == "loading"), fleet.first)
+    progress = model.service.engine.progress
+    if len(fleet) == 1:
+        return progress
+    return Progress(phase=f"{model.name}: {progress.phase}", share=progress.share)
 
 
-async def _drain(service: Service, hurry: asyncio.Event) -> None:
+def _start_log(config: ServerConfig) -> StartLog:
+    return StartLog(LogStream()) if config.log_format == "json" else StartLog()
+
+
+async def _drain(
+    fleet: Fleet, config: ServerConfig, hurry: asyncio.Event, say: Callable[[str], None]
+) -> None:
     """No new requests; those under way get `drain_timeout_s`, or until somebody is in a hurry."""
-    service.draining = True
-    end_s = time.monotonic() + service.config.drain_timeout_s
-    if service.num_active:
-        _say(
-            f"draining {service.num_active} requests, at most {service.config.drain_timeout_s} s; "
+    for model in fleet:
+        model.service.draining = True
+    end_s = time.monotonic() + config.drain_timeout_s
+    if fleet.num_active:
+        say(
+            f"draining {fleet.num_active} requests, at most {config.drain_timeout_s} s; "
             "a second signal ends them at once"
         )
-    while service.num_active and time.monotonic() < end_s and service.engine.dead is None:
-        if hurry.is_set():
-            break
+    while _num_left(fleet) and time.monotonic() < end_s and not hurry.is_set():
         await asyncio.sleep(_POLL_S)
-    if service.num_active and service.engine.dead is None:
-        _say(f"{service.num_active} requests are ended with an error")
+    if _num_left(fleet):
+        say(f"{_num_left(fleet)} requests are ended with an error")
+
+
+def _num_left(fleet: Fleet) -> int:
+    """Answers under way whose engine lives."""
+    return sum(m.service.num_active for m in fleet if m.service.engine.dead is None)
 
 
 def _address(listener: socket.socket, config: ServerConfig) -> str:
@@ -179,16 +194,24 @@ def _address(listener: socket.socket, config: ServerConfig) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-def _welcome(ready: Ready, address: str, name: str, *, key: bool) -> list[str]:
+def _welcome(fleet: Fleet, address: str, config: ServerConfig) -> list[str]:
+    name = fleet.first.name
     body = f'{{"model":"{name}","prompt":"Once upon a time","max_tokens":200,"stream":true}}'
     headers = "-H 'Content-Type: application/json'"
-    headers += " -H 'Authorization: Bearer API_KEY'" if key else ""
+    headers += " -H 'Authorization: Bearer API_KEY'" if config.asks_for_keys else ""
+    told = [line for model in fleet for line in _about(model, alone=len(fleet) == 1)]
+    if len(fleet) > 1:
+        share = fleet.first.service.engine.config.memory_fraction
+        told.append(
+            f"note: each of {len(fleet)} models may take {share:.3g} of its device's memory"
+        )
     return [
-        *describe(ready),
+        *told,
         f"try:  curl -N {address}/v1/completions {headers} -d '{body}'",
         f"page: {address}/",
     ]
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _about(model: ServedModel, *, alone: bool) -> list[str]:
+    lines = describe(model.service.engine.ready)
+    return lines if alone else [f"{', '.join(model.service.model_names)}:", *lines]

@@ -1,7 +1,7 @@
 """What every route needs: the engine, who may come in now, and what has been counted.
 
 In: requests' needs. Out: answers to "may this be served", model names, ids. Owned by the server;
-one per process.
+one per model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from starlette.requests import Request
 
@@ -24,12 +25,18 @@ from tokenry.config import ServerConfig
 from tokenry.errors import ModelNotFound, Overloaded, RequestError
 
 
+SERVICE = "tokenry.service"
+"""Where router.py puts the service of the model that a request names."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Service:
-    """The server's state. `draining` is set once, by the shutdown; `num_active` counts answers
-    under way; `stalled` says why the engine does not serve just now, see server.py.
+    """One model's state. `draining` is set once, by the shutdown; `num_active` counts answers
+    under way; `stalled` says why the engine does not serve just now, see watch.py; `paused` and
+    `engine` are written by fleet.py alone.
     """
 
+    names: tuple[str, ...]
     engine: AsyncEngine
     config: ServerConfig
     metrics: ModelMetrics
@@ -39,11 +46,12 @@ class Service:
     draining: bool = False
     num_active: int = 0
     stalled: str | None = None
+    paused: Literal["sleeping", "unloaded"] | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names that a request may use; the first is ours."""
-        return self.config.served_model_name or (self.engine.config.model,)
+        return self.names
 
     @property
     def fingerprint(self) -> str:
@@ -56,6 +64,11 @@ class Service:
         """Raises what keeps a request out now: loading, draining, a dead engine, a full queue."""
         if self.draining:
             raise NotReady("The server is shutting down.", mend="send the request again")
+        if self.paused is not None:
+            raise NotReady(
+                f"The model {self.names[0]!r} is {self.paused}.",
+                mend=f"POST /admin/models/{self.names[0]}/load",
+            )
         self.check_alive()
         if not self.engine.is_ready:
             progress = self.engine.progress
@@ -110,7 +123,7 @@ class Service:
 
 def service_of(request: Request) -> Service:
     """The server's `Service`."""
-    service: Service = request.app.state.service
+    service: Service = request.scope.get(SERVICE) or request.app.state.service
     return service
 
 
