@@ -22,9 +22,6 @@ class ServerConfig:
     alias: tuple[str, ...] = option(
         "NAME=MODEL: one more name for a model, where several are served", ()
     )
-    alias: tuple[str, ...] = option(
-        "NAME=MODEL: one more name for a model, where several are served", ()
-    )
     api_key: tuple[str, ...] = option("key(s) that requests must bring as a bearer token", ())
     api_keys_file: str | None = option(
         "file of hashed keys with their limits, see `tokenry keys`; read anew when it changes", None
@@ -84,11 +81,6 @@ class ServerConfig:
     log_prompts: bool = option(
         "each request's prompt in its line of the log, not only counts", False
     )
-
-    @property
-    def asks_for_keys(self) -> bool:
-        """Whether requests must bring a key."""
-        return bool(self.api_key) or self.api_keys_file is not None
 
     @property
     def asks_for_keys(self) -> bool:
