@@ -21,17 +21,21 @@ from tokenry.api.service import Service
 from tokenry.errors import RequestError, StepFailed
 from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams
+from tokenry.pooling import PoolingParams
 from tokenry.text.admission import check_answer_length
 from tokenry.text.outputs import OutputKind, Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt: its tokens, its text if it came as text, and the request's field that it is."""
+    """One prompt: its tokens, its text if it came as text, the request's field that it is, and
+    what vector it ends with (None: it is answered with tokens).
+    """
 
     token_ids: Sequence[int]
     text: str | None
     param: str
+    pooling: PoolingParams | None = None
 
 
 class Run:
@@ -88,6 +92,7 @@ class Run:
                     priority=priority,
                     cache_salt=cache_salt,
                     param=prompt.param,
+                    pooling=prompt.pooling,
                 )
                 self._ids[name] = i
                 self._accounts[name] = self._account(name, prompt, params)

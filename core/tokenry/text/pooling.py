@@ -45,30 +45,33 @@ class PooledInputs:
         max_len: int,
         truncate: int | None = None,
         special: bool = True,
-        truncate_param: str = "truncate_prompt_tokens",
     ) -> None:
         self._core = tokenizer.core
         self._max_len = max_len
         self._special = special
         if truncate is not None and not (truncate == -1 or 1 <= truncate <= max_len):
             raise RequestError(
-                f"{truncate_param} is {truncate}, it must be -1 or lie in 1..{max_len}.",
-                param=truncate_param,
+                f"truncate_prompt_tokens is {truncate}, it must be -1 or lie in 1..{max_len}.",
+                param="truncate_prompt_tokens",
             )
         self._most = max_len if truncate == -1 else truncate
 
-    def one(self, value: Any, param: str) -> PooledInput:
-        """Of a text or token ids."""
+    def one(self, value: Any, param: str, *, own: int | None = None) -> PooledInput:
+        """Of a text or token ids. own: most tokens of the text itself."""
         if isinstance(value, str):
-            return self._text(value, param)
+            return self._text(value, param, own)
         if isinstance(value, (list, tuple)) and all(type(i) is int for i in value):
             ids = tuple(value)[: self._most]
             return self._checked(PooledInput(token_ids=ids, param=param))
         raise RequestError(f"{param} must be a text or a list of token ids.", param=param)
 
-    def pair(self, first: str, second: str, param: str) -> PooledInput:
-        """Of two texts as one input, of a cross-encoder."""
+    def pair(
+        self, first: str, second: str, param: str, *, second_own: int | None = None
+    ) -> PooledInput:
+        """Of two texts as one input, of a cross-encoder. second_own: most tokens of the second."""
         a, b = self._encode(first, param), self._encode(second, param)
+        if second_own is not None:
+            b.truncate(second_own)
         if self._most is not None:
             room = max(0, self._most - self._num_special(pair=True))
             n, m = _shares(len(a.ids), len(b.ids), room)
@@ -80,8 +83,10 @@ class PooledInputs:
         ids = tuple(whole.ids)
         return self._checked(PooledInput(token_ids=ids, second_text=where, param=param))
 
-    def _text(self, text: str, param: str) -> PooledInput:
+    def _text(self, text: str, param: str, own: int | None) -> PooledInput:
         encoding = self._encode(text, param)
+        if own is not None:
+            encoding.truncate(own)
         if self._most is not None:
             encoding.truncate(max(0, self._most - self._num_special(pair=False)))
         ids = tuple(self._core.post_process(encoding, None, self._special).ids)
