@@ -49,6 +49,7 @@ class ServedModel:
         self._changing = asyncio.Lock()
         self._life: asyncio.Task[None] | None = None
         self._wanted: Literal["running", "sleeping", "unloaded"] = "unloaded"
+        self._waking = False
         self.service = Service(
             names=names,
             engine=self._new_engine(),
@@ -77,13 +78,22 @@ class ServedModel:
             return "loading"
         return "ready" if service.stalled is None else "stalled"
 
+    @property
+    def sleeps(self) -> bool:
+        """It sleeps, or is being woken: a request waits for it by `load`."""
+        return self._waking or self._wanted == "sleeping"
+
     async def load(self) -> None:
         """Start it, unless it runs; raises the error that the start failed with."""
         async with self._changing:
             if self._wanted == "running" and self.service.engine.dead is None:
                 return
-            await self._end_life()
-            await self._start()
+            self._waking = self._wanted == "sleeping"
+            try:
+                await self._end_life()
+                await self._start()
+            finally:
+                self._waking = False
             self._life = asyncio.create_task(self._live())
 
     async def unload(self, *, asleep: bool) -> None:

@@ -129,7 +129,9 @@ class Gate:
         """The key that lets it in; None where none is needed. Raises HTTPError."""
         path = scope["path"]
         admin = path == ADMIN or path.startswith(ADMIN + "/")
-        if scope.get("method") == "OPTIONS" or (path in self._public and not admin):
+        verb = scope.get("method")  # POST / is TGI's, and no public page
+        open_to_all = verb in ("GET", "HEAD") and path in self._public and not admin
+        if verb == "OPTIONS" or open_to_all:
             return None
         text = _key_text(Headers(scope=scope))
         if admin:

@@ -122,6 +122,7 @@ class Account:
         model: str,
         caller: Caller,
         params: SamplingParams,
+        arrival_s: float,
         prompt: str | Sequence[int] | None,
     ) -> None:
         self._request_id = request_id
@@ -133,7 +134,7 @@ class Account:
         self._num_cached = 0
         self._num_answer: dict[int, int] = {}
         self._reasons: set[str] = set()
-        self._arrival_s = time.monotonic()
+        self._arrival_s = arrival_s
         self._scheduled_s: float | None = None
         self._first_token_s: float | None = None
 

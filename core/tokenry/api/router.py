@@ -39,7 +39,7 @@ class Router:
             if len(self._fleet) > 1:
                 body = _Body(receive, self._fleet.first.service.config.max_body_bytes)
                 model, receive = await self._pick(body, scope), body.replay
-            if model.state == "sleeping":
+            if model.sleeps:
                 await model.load()
         except TokenryError as error:
             await error_response(error, scope)(scope, receive, send)

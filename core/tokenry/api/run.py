@@ -45,6 +45,7 @@ class Run:
         self._service = service
         self._engine = service.engine  # the service may get another one, this run does not
         self._caller = caller()
+        self._arrival_s = time.monotonic()
         self._request_id = request_id
         self._queue: asyncio.Queue[Update] = asyncio.Queue()
         self._ids: dict[str, int] = {}
@@ -171,6 +172,7 @@ class Run:
             model=self._service.metrics.model,
             caller=self._caller,
             params=params,
+            arrival_s=self._arrival_s,
             prompt=told,
         )
 
@@ -194,7 +196,7 @@ class Run:
                 if num_new:
                     metrics.token_gap(now - last_s, num_new)
             elif output.metrics is not None and output.metrics.first_token_s is not None:
-                metrics.first_token(output.metrics.first_token_s - output.metrics.arrival_s)
+                metrics.first_token(output.metrics.first_token_s - self._arrival_s)
             if one.finish_reason not in (None, "stop", "length"):
                 raise StepFailed(f"The engine ended this request ({one.finish_reason}).")
 
