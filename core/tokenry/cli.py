@@ -263,6 +263,18 @@ def _keys_options(parser: argparse.ArgumentParser) -> None:
     import_module("tokenry.api.keys_command").add_arguments(parser)
 
 
+def _run_batch_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.api.batch_command").add_batch_arguments(parser)
+
+
+def _watermark_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.watermark").add_arguments(parser)
+
+
 def _version_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_version)
 
@@ -275,6 +287,7 @@ def _version(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "serve": ("serve a model over HTTP, with OpenAI's API and a page", _serve_options),
     "generate": ("continue prompts here, without a server", _generate_options),
+    "run-batch": ("answer a file of requests here, without a server", _run_batch_options),
     "chat": ("talk with a server, or with a model started here", _chat_options),
     "devices": ("which backends and devices there are, and why not others", _devices_options),
     "compile": ("fill a backend's cache of programs, also without its device", _compile_options),
@@ -284,6 +297,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "plan": ("does a model fit on a device, from its config.json alone", _plan_options),
     "quantize": ("what quantised weights cost in quality, on a text", _quantize_options),
     "keys": ("API keys: add, list, remove", _keys_options),
+    "watermark": ("does a text carry a mark made with a key", _watermark_options),
     "version": ("print the version", _version_options),
 }
 

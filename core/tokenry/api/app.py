@@ -10,13 +10,25 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
-from tokenry.api import admin, messages_api, operate, responses_api, tgi, tokenize
+from tokenry.api import (
+    admin,
+    batches_api,
+    embeddings,
+    files_api,
+    messages_api,
+    operate,
+    pooling,
+    rerank,
+    responses_api,
+    tgi,
+    tokenize,
+)
 from tokenry.api.chat import chat_completions
 from tokenry.api.completions import completions
+from tokenry.api.desk import Desk
 from tokenry.api.errors import on_http_exception, on_tokenry_error
 from tokenry.api.fleet import Fleet
-from tokenry.api.middleware import Faults, guarded
-from tokenry.api.responses_store import ResponseStore
+from tokenry.api.middleware import Faults
 from tokenry.api.routes import Endpoint, get, post, routes_of
 from tokenry.api.schema import ChatRequest, CompletionRequest
 from tokenry.errors import TokenryError
@@ -29,6 +41,11 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *responses_api.ENDPOINTS,
     *messages_api.ENDPOINTS,
     *tgi.ENDPOINTS,
+    *embeddings.ENDPOINTS,
+    *rerank.ENDPOINTS,
+    *pooling.ENDPOINTS,
+    *files_api.ENDPOINTS,
+    *batches_api.ENDPOINTS,
     *admin.ENDPOINTS,
     post("/tokenize", tokenize.tokenize, "Token ids of a text or chat.", tokenize.Tokenize),
     post("/detokenize", tokenize.detokenize, "Text of token ids.", tokenize.Detokenize),
@@ -43,7 +60,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 )
 
 
-def make_app(fleet: Fleet) -> ASGIApp:
+def make_app(fleet: Fleet, desk: Desk) -> ASGIApp:
     """All routes, with errors in their client's shape around them."""
     app = Starlette(
         routes=routes_of(ENDPOINTS),
@@ -53,8 +70,9 @@ def make_app(fleet: Fleet) -> ASGIApp:
         },
         middleware=[Middleware(Faults)],
     )
-    service = fleet.first.service
     app.state.fleet = fleet
-    app.state.service = service
-    app.state.responses = ResponseStore(service.config.max_stored_responses)
-    return guarded(app, fleet)
+    app.state.service = fleet.first.service
+    app.state.responses = desk.responses
+    app.state.files = desk.files
+    app.state.batches = desk.batches
+    return app

@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 import uvicorn
 
 from tokenry.api.app import make_app
+from tokenry.api.desk import Desk
 from tokenry.api.fleet import Fleet, ServedModel
 from tokenry.api.logs import LogStream, sayer, set_up_logging
+from tokenry.api.middleware import guarded
 from tokenry.api.tls import tls_options
 from tokenry.api.tracing import make_tracer
 from tokenry.config import EngineConfig, ServerConfig
@@ -95,9 +97,11 @@ async def _serve(
     say = sayer(config.log_format)
     tracer = make_tracer(config.otlp_endpoint)
     fleet = Fleet(configs, config, tracer=tracer, factory=factory, say=say)
+    desk = Desk.open(config)
+    routes = make_app(fleet, desk)
     server = _Server(
         uvicorn.Config(
-            make_app(fleet),
+            guarded(routes, fleet),
             log_level="warning" if config.log_level == "info" else config.log_level,
             log_config=None if config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
             access_log=config.log_level == "debug",
@@ -117,10 +121,12 @@ async def _serve(
         if await _load(fleet, stop, _start_log(config)):
             for line in _welcome(fleet, address, config):
                 say(line)
-            await stop.wait()
+            async with desk.at_work(routes, fleet):
+                await stop.wait()
             await _drain(fleet, config, hurry, say)
         return 0
     finally:
+        desk.responses.close()
         await fleet.shutdown()
         server.should_exit = True
         await serving
