@@ -183,6 +183,42 @@ void pack_int4(const Weight& w, const float* source, int64_t panel) {
   }
 }
 
+// Below this many units for each thread, threads share one long context piece by piece.
+constexpr int64_t kUnitsPerThread = 4;
+
+// A tile of neighbouring queries of one request.
+struct Unit {
+  int32_t request, first, count;
+  int32_t pieces;    // that threads take one by one; 1: the whole context at once
+  int64_t at;        // floats in `states` before its own
+
+  Pieces seen(const Attention& a) const {
+    return pieces_seen(a.seq_lens[request] - a.q_lens[request] + first, count, a.window);
+  }
+  int64_t from(const Attention& a) const { return seen(a).from; }
+  int64_t state(const Attention& a, int64_t head, int64_t piece) const {
+    const int64_t rows = count * (a.heads / a.kv_heads);
+    return at + (head * pieces + piece) * attention_state(rows, a.head_dim);
+  }
+};
+
+struct Part {
+  int32_t unit, piece;
+};
+
+// Gives units with a long context several pieces, and room for the state of each.
+void by_pieces(const Attention& a, std::vector<Unit>& units, std::vector<float>& states) {
+  int64_t room = 0;
+  for (Unit& unit : units) {
+    const Pieces seen = unit.seen(a);
+    unit.pieces = int32_t(seen.to - seen.from);
+    if (unit.pieces <= 1) unit.pieces = 1;
+    unit.at = room;
+    if (unit.pieces > 1) room = unit.state(a, a.kv_heads, 0);
+  }
+  if (int64_t(states.size()) < room) states.resize(room);
+}
+
 // Packed activations of the calling thread; grows, never shrinks.
 struct Rows {
   std::vector<char> data;
@@ -322,10 +358,8 @@ API void tk_attention(const Attention* attention) {
   parallel(a.tokens, [&](int64_t token) {
     for (int64_t head = 0; head < a.kv_heads; head++) isa.write_kv(a, token, head);
   });
-  struct Unit {
-    int32_t request, first, count;
-  };
   static thread_local std::vector<Unit> units;
+  static thread_local std::vector<float> states;
   units.clear();
   const int64_t group = a.heads / a.kv_heads;
   const int64_t per_tile = kRowBlock / group > 0 ? kRowBlock / group : 1;
@@ -335,13 +369,33 @@ API void tk_attention(const Attention* attention) {
     for (int64_t t = tiles - 1; t >= 0; t--) {
       const int64_t first = t * per_tile;
       const int64_t here = count - first < per_tile ? count - first : per_tile;
-      units.push_back({int32_t(r), int32_t(first), int32_t(here)});
+      units.push_back({int32_t(r), int32_t(first), int32_t(here), 1, 0});
     }
   }
+  const int64_t heads = a.kv_heads, shared = int64_t(units.size()) * heads;
+  if (get_threads() > 1 && shared < kUnitsPerThread * get_threads()) {
+    by_pieces(a, units, states);
+  }
+  static thread_local std::vector<Part> parts;
+  parts.clear();
+  for (int64_t u = 0; u < int64_t(units.size()); u++)
+    for (int32_t p = 0; p < units[u].pieces; p++) parts.push_back({int32_t(u), p});
   const Unit* all = units.data();
-  parallel(int64_t(units.size()) * a.kv_heads, [&](int64_t i) {
-    const Unit& unit = all[i / a.kv_heads];
-    isa.attend(a, unit.request, unit.first, unit.count, i % a.kv_heads);
+  float* held = states.data();
+  const Part* each = parts.data();
+  parallel(int64_t(parts.size()) * heads, [&](int64_t i) {
+    const Unit& unit = all[each[i / heads].unit];
+    const int64_t head = i % heads, piece = each[i / heads].piece;
+    if (unit.pieces == 1) return isa.attend(a, unit.request, unit.first, unit.count, head);
+    isa.attend_piece(a, unit.request, unit.first, unit.count, head, unit.from(a) + piece,
+                     held + unit.state(a, head, piece));
+  });
+  if (parts.size() == units.size()) return;
+  parallel(shared, [&](int64_t i) {
+    const Unit& unit = all[i / heads];
+    if (unit.pieces > 1)
+      isa.join_pieces(a, unit.request, unit.first, unit.count, i % heads, unit.pieces,
+                      held + unit.state(a, i % heads, 0));
   });
 }
 

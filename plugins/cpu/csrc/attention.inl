@@ -1,7 +1,8 @@
 // Attention over paged KV. A tile of query rows walks through the keys, kKeys at a time from
-// position 0, with a running maximum and sum (online softmax, Milakov and Gimelshein 2018). What a
-// row adds up, and in which order, depends on its own position only: the same bits for any chunk,
-// tile and batch.
+// position 0, with a running maximum and sum (online softmax, Milakov and Gimelshein 2018). Every
+// kPiece keys these begin anew, and the pieces are joined in order; so threads may share a long
+// context. What a row adds up, and in which order, depends on its own position only: the same bits
+// for any chunk, tile, batch and number of threads.
 namespace tokenry::NS {
 
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -10,14 +11,47 @@ INLINE int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class T>
 struct Block {
   T* base;
-  int64_t size, head_dim, kv_heads;
-  Block(const Attention& a) : base(static_cast<T*>(a.kv)), size(a.block_size),
-                              head_dim(a.head_dim), kv_heads(a.kv_heads) {}
-  T* keys(int64_t block, int64_t head) const {
-    return base + (block * kv_heads + head) * 2 * size * head_dim;
-  }
-  T* values(int64_t block, int64_t head) const { return keys(block, head) + size * head_dim; }
+  int64_t half, kv_heads;  // half: of a head's share of a block
+  Block(const Attention& a)
+      : base(static_cast<T*>(a.kv)),
+        half(a.block_size * (a.head_dim + (sizeof(T) == 1 ? int64_t(sizeof(float)) : 0))),
+        kv_heads(a.kv_heads) {}
+  T* keys(int64_t block, int64_t head) const { return base + (block * kv_heads + head) * 2 * half; }
+  T* values(int64_t block, int64_t head) const { return keys(block, head) + half; }
 };
+
+// The int8 format's scales, after the keys or the values of a block.
+INLINE float* scales_of(const Attention& a, int8_t* keys_or_values) {
+  return reinterpret_cast<float*>(keys_or_values + a.block_size * a.head_dim);
+}
+
+// x[0, n) as whole numbers of [-127, 127] times the scale that is returned, `step` bytes apart. A
+// NaN or infinity makes the scale NaN.
+inline float quantise_row(const float* x, int64_t n, int8_t* out, int64_t step) {
+  float top = 0, check = 0;
+  for (int64_t d = 0; d < n; d++) {
+    const float size = x[d] < 0 ? -x[d] : x[d];
+    top = size > top ? size : top;
+    check += x[d] * 0.0f;
+  }
+  if (check != 0.0f) top = NAN;
+  const float inverse = top > 0 ? 127.0f / top : 0.0f;
+  for (int64_t d = 0; d < n; d++) {
+    const float whole = inverse > 0 ? (x[d] * inverse + 12582912.0f) - 12582912.0f : 0.0f;
+    out[d * step] = int8_t(whole > 127 ? 127 : whole < -127 ? -127 : whole);
+  }
+  return top / 127.0f;
+}
+
+inline void write_int8(const Attention& a, int64_t token, int64_t head) {
+  const Block<int8_t> at(a);
+  const int64_t slot = a.slots[token], block = slot / a.block_size, i = slot % a.block_size;
+  int8_t *keys = at.keys(block, head), *values = at.values(block, head);
+  const float* k = a.k + token * a.k_stride + head * a.head_dim;
+  const float* v = a.v + token * a.v_stride + head * a.head_dim;
+  scales_of(a, keys)[i] = quantise_row(k, a.head_dim, keys + i, a.block_size);
+  scales_of(a, values)[i] = quantise_row(v, a.head_dim, values + i * a.head_dim, 1);
+}
 
 template <class T>
 void write_as(const Attention& a, int64_t token, int64_t head) {
@@ -36,6 +70,7 @@ void write_as(const Attention& a, int64_t token, int64_t head) {
 inline void write_kv(const Attention& a, int64_t token, int64_t head) {
   if (a.format == kF32) return write_as<float>(a, token, head);
   if (a.format == kBF16) return write_as<bf16>(a, token, head);
+  if (a.format == kInt8) return write_int8(a, token, head);
   write_as<f16>(a, token, head);
 }
 
@@ -106,6 +141,15 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
     const int64_t u = t + 16 < count ? t + 16 : t;  // past the end: any keys, masked below
     const T* second = keys[u / size] + u % size;
     score_tile<M>(q, first, second, size, a.head_dim, p + t);
+    if constexpr (sizeof(T) == 1) {
+      const float* scales[2] = {scales_of(a, keys[t / size]) + t % size,
+                                scales_of(a, keys[u / size]) + u % size};
+      for (int m = 0; m < M; m++)
+        for (int64_t i = 0; i < kPanel; i += LANES) {
+          float* at = p + m * kKeys + t + i;
+          store(at, load(at) * load(scales[i / 16] + i % 16));
+        }
+    }
   }
   const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
   for (int m = 0; m < M; m++) {
@@ -140,6 +184,12 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
     }
     total[m] += sum(here);
   }
+  if constexpr (sizeof(T) == 1) {  // a value's scale goes to its weight
+    for (int64_t t = 0; t < count; t++) {
+      const float scale = scales_of(a, values[t / size])[t % size];
+      for (int m = 0; m < M; m++) p[m * kKeys + t] *= scale;
+    }
+  }
   int64_t d = 0;
   for (; d + kPanel <= a.head_dim; d += kPanel) {
     T* here[kKeys / 16];
@@ -167,29 +217,45 @@ void chunk_of(int64_t rows, const Attention& a, const float* q, const int64_t* l
   }
 }
 
-template <class T>
-void attend_as(const Attention& a, int64_t request, int64_t first, int64_t count, int64_t head) {
+// Rows of a tile of queries, ready for the keys.
+struct Queries {
+  int64_t rows, tile, cached, count;
+  int64_t* last;  // [rows] position of each
+  float* q;       // [tiles][head_dim][tile], scaled
+  float* free;    // what follows in the scratch
+};
+
+// Rows r % G of the queries first + r / G; `more` floats are left free behind them.
+inline Queries queries_of(const Attention& a, int64_t request, int64_t first, int64_t count,
+                          int64_t head, int64_t more) {
   const int64_t D = a.head_dim, G = a.heads / a.kv_heads, rows = count * G;
   const int64_t cached = a.seq_lens[request] - a.q_lens[request] + first;
   const int64_t token = a.q_start[request] + first;
   const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, tile = (rows + tiles - 1) / tiles;
-  int64_t* last = static_cast<int64_t*>(scratch(rows * (8 + 4 * (2 * D + 2))));
+  int64_t* last = static_cast<int64_t*>(scratch(rows * 8 + (rows * D + more) * 4));
   float* q = reinterpret_cast<float*>(last + rows);
-  float *out = q + rows * D, *most = out + rows * D, *total = most + rows;
-  memset(out, 0, rows * D * 4);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t at = r / tile * tile, here = least_of(tile, rows - at);
     const float* from = a.q + (token + r / G) * a.q_stride + (head * G + r % G) * D;
     for (int64_t d = 0; d < D; d++) q[at * D + d * here + r - at] = from[d] * a.scale;
     last[r] = cached + r / G;
-    most[r] = -INFINITY;
-    total[r] = 0.0f;
   }
+  return {rows, tile, cached, count, last, q, q + rows * D};
+}
+
+// The keys of one piece: state = outputs [rows, D], maxima [rows], sums [rows].
+template <class T>
+void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t head, int64_t piece,
+              float* state) {
+  const int64_t D = a.head_dim, rows = at.rows;
+  float *out = state, *most = out + rows * D, *total = most + rows;
+  for (int64_t i = 0; i < rows * D; i++) out[i] = 0.0f;
+  for (int64_t r = 0; r < rows; r++) most[r] = -INFINITY, total[r] = 0.0f;
   const Block<T> blocks(a);
   const int32_t* table = a.block_table + request * a.table_width;
-  const int64_t seen = a.window ? most_of(0, cached - a.window + 1) : 0;
-  const int64_t end = cached + count;
-  for (int64_t start = seen / kKeys * kKeys; start < end; start += kKeys) {
+  const int64_t seen = a.window ? most_of(0, at.cached - a.window + 1) : 0;
+  const int64_t end = least_of(at.cached + at.count, (piece + 1) * kPiece);
+  for (int64_t start = most_of(seen / kKeys * kKeys, piece * kPiece); start < end; start += kKeys) {
     const int64_t keys_here = least_of(kKeys, end - start);
     T *keys[kKeys / 16], *values[kKeys / 16];
     for (int64_t t = 0; t < keys_here; t += a.block_size) {
@@ -197,25 +263,87 @@ void attend_as(const Attention& a, int64_t request, int64_t first, int64_t count
       keys[t / a.block_size] = blocks.keys(block, head);
       values[t / a.block_size] = blocks.values(block, head);
     }
-    for (int64_t r = 0; r < rows; r += tile) {
-      const int64_t here = least_of(tile, rows - r);
-      if (last[r + here - 1] < start) continue;
-      if (a.window && last[r] - a.window + 1 >= start + keys_here) continue;
-      chunk_of<MAX_TILE, T>(here, a, q + r * D, last + r, keys, values, start, keys_here,
+    for (int64_t r = 0; r < rows; r += at.tile) {
+      const int64_t here = least_of(at.tile, rows - r);
+      if (at.last[r + here - 1] < start) continue;
+      if (a.window && at.last[r] - a.window + 1 >= start + keys_here) continue;
+      chunk_of<MAX_TILE, T>(here, a, at.q + r * D, at.last + r, keys, values, start, keys_here,
                             most + r, total + r, out + r * D);
     }
   }
+}
+
+inline void piece_of(const Attention& a, const Queries& at, int64_t request, int64_t head,
+                     int64_t piece, float* state) {
+  if (a.format == kF32) return piece_as<float>(a, at, request, head, piece, state);
+  if (a.format == kBF16) return piece_as<bf16>(a, at, request, head, piece, state);
+  if (a.format == kInt8) return piece_as<int8_t>(a, at, request, head, piece, state);
+  piece_as<f16>(a, at, request, head, piece, state);
+}
+
+// Adds the state of the next piece. One function for all who join, never inlined, so that a sum is
+// compiled once and its bits do not depend on who asks. A piece of which a row saw nothing changes
+// none of its bits, but a NaN of it stays visible.
+__attribute__((noinline, noclone)) inline void join(int64_t rows, int64_t D, float* state,
+                                           const float* next) {
+  float *most = state + rows * D, *total = most + rows;
+  const float *next_most = next + rows * D, *next_total = next_most + rows;
+  for (int64_t r = 0; r < rows; r++) {
+    float* out = state + r * D;
+    const float* add = next + r * D;
+    if (!(next_most[r] > -INFINITY)) {
+      for (int64_t d = 0; d < D; d++) out[d] = add[d] != add[d] ? add[d] : out[d];
+      continue;
+    }
+    if (!(most[r] > -INFINITY)) {
+      for (int64_t d = 0; d < D; d++) out[d] = out[d] != out[d] ? out[d] : add[d];
+      most[r] = next_most[r];
+      total[r] = next_total[r];
+      continue;
+    }
+    const float now = most[r] > next_most[r] ? most[r] : next_most[r];
+    const float here = exp(splat(most[r] - now))[0], there = exp(splat(next_most[r] - now))[0];
+    for (int64_t d = 0; d < D; d++) out[d] = out[d] * here + add[d] * there;
+    total[r] = total[r] * here + next_total[r] * there;
+    most[r] = now;
+  }
+}
+
+// Writes the output of the rows.
+inline void give(const Attention& a, int64_t request, int64_t first, int64_t count, int64_t head,
+                 const float* state) {
+  const int64_t D = a.head_dim, G = a.heads / a.kv_heads, rows = count * G;
+  const float* total = state + rows * D + rows;
+  const int64_t token = a.q_start[request] + first;
   for (int64_t r = 0; r < rows; r++) {
     float* to = a.out + (token + r / G) * a.heads * D + (head * G + r % G) * D;
-    for (int64_t d = 0; d < D; d++) to[d] = out[r * D + d] / total[r];
+    for (int64_t d = 0; d < D; d++) to[d] = state[r * D + d] / total[r];
   }
 }
 
 inline void attend(const Attention& a, int64_t request, int64_t first, int64_t count,
                    int64_t head) {
-  if (a.format == kF32) return attend_as<float>(a, request, first, count, head);
-  if (a.format == kBF16) return attend_as<bf16>(a, request, first, count, head);
-  attend_as<f16>(a, request, first, count, head);
+  const int64_t rows = count * (a.heads / a.kv_heads), size = attention_state(rows, a.head_dim);
+  const Queries at = queries_of(a, request, first, count, head, 2 * size);
+  const Pieces seen = pieces_seen(at.cached, count, a.window);
+  for (int64_t piece = seen.from; piece < seen.to; piece++) {
+    float* state = piece == seen.from ? at.free : at.free + size;
+    piece_of(a, at, request, head, piece, state);
+    if (piece > seen.from) join(rows, a.head_dim, at.free, state);
+  }
+  give(a, request, first, count, head, at.free);
+}
+
+inline void attend_piece(const Attention& a, int64_t request, int64_t first, int64_t count,
+                         int64_t head, int64_t piece, float* state) {
+  piece_of(a, queries_of(a, request, first, count, head, 0), request, head, piece, state);
+}
+
+inline void join_pieces(const Attention& a, int64_t request, int64_t first, int64_t count,
+                        int64_t head, int64_t pieces, float* states) {
+  const int64_t rows = count * (a.heads / a.kv_heads), size = attention_state(rows, a.head_dim);
+  for (int64_t i = 1; i < pieces; i++) join(rows, a.head_dim, states, states + i * size);
+  give(a, request, first, count, head, states);
 }
 
 }  // namespace tokenry::NS

@@ -9,7 +9,7 @@
 namespace tokenry {
 const Kernels TABLE = {
     NS_NAME,    MAX_TILE,     NS::kDots, NS::pack_rows, NS::linear, NS::write_kv,
-    NS::attend, NS::rms_norm, NS::rope,  NS::act_mul,   NS::widen,  NS::argmax,
-    NS::boltzmann,
+    NS::attend, NS::attend_piece, NS::join_pieces, NS::rms_norm, NS::rope, NS::act_mul,
+    NS::widen,  NS::argmax,       NS::boltzmann,
 };
 }  // namespace tokenry

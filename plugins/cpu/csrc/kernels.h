@@ -14,6 +14,8 @@ constexpr int64_t kDepth = 512;
 constexpr int64_t kRowBlock = 96;
 // Keys of one partial softmax; a multiple of every block size up to it.
 constexpr int64_t kKeys = 128;
+// Keys of one piece of a context, which threads may share piece by piece; a multiple of kKeys.
+constexpr int64_t kPiece = 1024;
 
 // kBF16Dots: bf16 weights whose activations are rounded to bf16 once (to nearest, ties to even) and
 // multiplied in pairs with float32 sums: one instruction where the machine has it.
@@ -48,14 +50,27 @@ struct Packed {
 struct Attention {
   const float *q, *k, *v;  // rows of T tokens, strides in floats
   int64_t q_stride, k_stride, v_stride;
-  void* kv;  // [blocks][KH][2][...]: keys [head_dim][block_size], values [block_size][head_dim]
+  void* kv;  // [blocks][KH][2][...]: keys [head_dim][block_size], values [block_size][head_dim];
+             // int8: after each of the two float scales [block_size]
   float* out;  // [T, heads * head_dim]
   const int32_t *q_start, *q_lens, *seq_lens, *block_table, *slots;
   int64_t tokens, requests, table_width, heads, kv_heads, head_dim, block_size;
   float scale, softcap;  // softcap 0: none
   int64_t window;        // 0: none
-  int32_t format;        // of the KV: kF32, kBF16 or kF16
+  int32_t format;        // of the KV: kF32, kBF16, kF16 or kInt8
 };
+
+// Floats of the running maximum, sum and output of `rows` rows.
+constexpr int64_t attention_state(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
+
+// The pieces that a tile of queries sees: its first sees keys from `cached` - window + 1 on.
+struct Pieces {
+  int64_t from, to;
+};
+constexpr Pieces pieces_seen(int64_t cached, int64_t count, int64_t window) {
+  const int64_t first = window && cached >= window ? cached - window + 1 : 0;
+  return {first / kPiece, (cached + count + kPiece - 1) / kPiece};
+}
 
 // Memory of the calling thread, good until its next call. (The files of one instruction set use no
 // template or inline function of the standard library: the linker would merge them across sets.)
@@ -70,8 +85,14 @@ struct Kernels {
   void (*linear)(const Weight&, const Packed&, int64_t panel, int64_t from, int64_t to, float* y,
                  int64_t stride);
   void (*write_kv)(const Attention&, int64_t token, int64_t head);
-  // Queries [first, first + count) of a request, those that share one KV head.
+  // Queries [first, first + count) of a request, those that share one KV head: over all keys to the
+  // output, or over one piece of them to `state`, attention_state() floats.
   void (*attend)(const Attention&, int64_t request, int64_t first, int64_t count, int64_t kv_head);
+  void (*attend_piece)(const Attention&, int64_t request, int64_t first, int64_t count,
+                       int64_t kv_head, int64_t piece, float* state);
+  // The output from the states of `pieces` neighbouring pieces, overwriting the first of them.
+  void (*join_pieces)(const Attention&, int64_t request, int64_t first, int64_t count,
+                      int64_t kv_head, int64_t pieces, float* states);
   void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps,
                    int64_t size, float* y, float* total);
   void (*rope)(const float* x, const float* cos, const float* sin, int64_t half, int64_t head_dim,

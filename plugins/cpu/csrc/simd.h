@@ -37,6 +37,12 @@ INLINE vf load(const bf16* p) {
   vh_any raw = *reinterpret_cast<const vh_any*>(p);
   return (vf)(__builtin_convertvector(raw, vu) << 16);
 }
+INLINE vf load(const int8_t* p) {
+  typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+  const bytes raw = *reinterpret_cast<const bytes*>(p);
+  return __builtin_convertvector(__builtin_convertvector(raw, vi), vf);
+}
+INLINE float one(int8_t x) { return x; }
 INLINE float one(float x) { return x; }
 INLINE float one(bf16 x) {
   uint32_t bits = uint32_t{x.bits} << 16;

@@ -33,6 +33,7 @@ NOT_BUILT = (
     "torch computes instead, more slowly. Install a compiler, then reinstall tokenry-cpu."
 )
 KERNELS = ("auto", "native", "torch")
+KV_KINDS = ("auto", "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +43,13 @@ class CpuOptions:
     threads   threads of one op; 0: as many as this process may run on (affinity and control group).
     kernels   native | torch; auto: the native ones where they were built
     isa       instruction set of the native kernels, as `native.isas()` names them; empty: the best
+    kv        auto: KV in the model's dtype; int8: in 8 bits, one scale for each token and head
     """
 
     threads: int = 0
     kernels: str = "auto"
     isa: str = ""
+    kv: str = "auto"
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> CpuOptions:
@@ -69,7 +72,13 @@ class CpuOptions:
                 f"--backend-option kernels={kernels}: it is one of {', '.join(KERNELS)}.",
                 mend="--backend-option kernels=auto",
             )
-        return cls(threads=int(threads), kernels=kernels, isa=options.get("isa", ""))
+        kv = options.get("kv", "auto")
+        if kv not in KV_KINDS:
+            raise ConfigError(
+                f"--backend-option kv={kv}: it is one of {', '.join(KV_KINDS)}.",
+                mend="--backend-option kv=int8",
+            )
+        return cls(threads=int(threads), kernels=kernels, isa=options.get("isa", ""), kv=kv)
 
 
 class CpuBackend(Backend):
@@ -86,6 +95,12 @@ class CpuBackend(Backend):
         torch.set_num_threads(threads)
         self._kernels: ModuleType = pick_kernels(options)
         self._ops: Mapping[str, Any] = self._kernels.ops()
+        self._int8_kv = options.kv == "int8"
+        if self._int8_kv and self._kernels is torch_ops:
+            raise ConfigError(
+                "--backend-option kv=int8 is for the native kernels.",
+                mend="leave it out, or --backend-option kernels=native",
+            )
         if self._kernels is native_ops:
             native.set_threads(threads)
             # plain torch comes close, but its error function (gelu) and its threads' shares do not
@@ -102,13 +117,16 @@ class CpuBackend(Backend):
         here would be most of the start-up. Raises DeviceOOM: the kernel would grant the memory now
         and kill the process when it is touched.
         """
-        need, free = num_blocks * spec.block_bytes, self.memory().free
+        spec = self._stored(spec)
+        need, free = num_blocks * self._block_bytes(spec), self.memory().free
         if need > free:
             raise DeviceOOM(
                 f"{num_blocks} KV blocks need {need / 2**30:.2f} GiB, "
                 f"{free / 2**30:.2f} GiB is free.",
                 mend="--memory-fraction or --max-model-len lower",
             )
+        if self._int8_kv:
+            log.info("kv=int8: %d blocks in %.3f GiB", num_blocks, need / 2**30)
         shape = self._kernels.kv_shape(spec, num_blocks)
         dtype = getattr(torch, spec.dtype)
         return [lazy_zeros(shape, dtype) for _ in range(spec.num_layers)]
@@ -120,15 +138,28 @@ class CpuBackend(Backend):
         before = self.memory().used
         reset = probe is not None and reset_peak(self._root)
         plan = super().plan_kv(spec, budget, probe)
-        if not reset:
+        if not reset and not self._int8_kv:
             return plan
-        activations = max(plan.ledger["activations"], read_peak(self._root) - before)
+        activations = plan.ledger["activations"]
+        if reset:
+            activations = max(activations, read_peak(self._root) - before)
         room = plan.ledger["kv"] - (activations - plan.ledger["activations"])
-        num_blocks = max(0, room // spec.block_bytes)
-        kv = num_blocks * spec.block_bytes
+        block_bytes = self._block_bytes(self._stored(spec))
+        num_blocks = max(0, room // block_bytes)
+        kv = num_blocks * block_bytes
         return KVPlan(
             num_blocks=num_blocks, ledger={**plan.ledger, "activations": activations, "kv": kv}
         )
+
+    def _stored(self, spec: KVSpec) -> KVSpec:
+        """The KV as it is held."""
+        return replace(spec, dtype="int8") if self._int8_kv else spec
+
+    def _block_bytes(self, stored: KVSpec) -> int:
+        """Bytes of one block over all layers, the scales of int8 among them."""
+        if stored.dtype != "int8":
+            return stored.block_bytes
+        return replace(stored, head_dim=stored.head_dim + 4).block_bytes
 
     def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:
         """Which rows attention takes together; the native kernels read the batch as it is."""

@@ -25,7 +25,7 @@ FORMATS = {
     "float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4, "bfloat16_dots": 5,
 }  # fmt: skip
 """bfloat16_dots: bfloat16 whose activations are rounded to bfloat16 once, summed in float32."""
-KV_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KV_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
@@ -49,6 +49,21 @@ class Listener(Protocol):
 
 
 _listener: Listener | None = None
+
+
+def kv_shape(
+    num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """One layer's KV: per block and head the keys [head_dim, block_size], then the values
+    [block_size, head_dim]; int8: after each of the two the float32 scales [block_size].
+    """
+    width = head_dim + (4 if dtype == torch.int8 else 0)
+    return (num_blocks, kv_heads, 2, width * block_size)
+
+
+def block_size_of(kv_layer: Tensor, head_dim: int) -> int:
+    """Tokens of a block of such a KV."""
+    return kv_layer.shape[3] // (head_dim + (4 if kv_layer.dtype == torch.int8 else 0))
 
 
 def listener() -> Any:

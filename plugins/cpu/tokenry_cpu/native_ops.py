@@ -38,10 +38,9 @@ def ops() -> Mapping[str, Op]:
 
 
 def kv_shape(spec: KVSpec, num_blocks: int) -> tuple[int, ...]:
-    """One layer's KV: per block and head the keys [head_dim, block_size], then the values
-    [block_size, head_dim].
-    """
-    return (num_blocks, spec.num_kv_heads, 2, spec.head_dim * spec.block_size)
+    """One layer's KV, as `native.kv_shape`; spec.dtype may be int8."""
+    dtype = getattr(torch, spec.dtype)
+    return native.kv_shape(num_blocks, spec.num_kv_heads, spec.head_dim, spec.block_size, dtype)
 
 
 class Linear(ReferenceOp):
@@ -158,7 +157,7 @@ class Attention(ReferenceOp):
             heads,
             k.shape[1],
             head_dim,
-            kv_layer.shape[3] // head_dim,
+            native.block_size_of(kv_layer, head_dim),
             scale,
             softcap or 0.0,
             window or 0,

@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         layer = self._layers.get(kv_layer.data_ptr())
         if layer is None:
             raise Unfit("attention over something else than its layer")
-        self.block_size = kv_layer.shape[3] // q.shape[2]
+        self.block_size = native.block_size_of(kv_layer, q.shape[2])
         values = (q.shape[1], k.shape[1], q.shape[2], layer, window)
         self._note(ATTEND, [q, k, v], [out], values, [scale, softcap])
 
