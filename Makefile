@@ -8,7 +8,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 # a thread that waits for work must not burn a core that another process needs
 TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: serve test lint quick slow bench bench-cpu sanitize docs clean
+.PHONY: serve test lint quick slow bench bench-cpu sanitize xla docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -43,6 +43,20 @@ sanitize: $(VENV)/dev
 	cd build/sanitize && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize/cpu \
 	  $(patsubst %/python,$(CURDIR)/%/python,$(TEST)) -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)/build/sanitize cpu/tests/test_cpu_ops.py cpu/tests/test_cpu_sample.py
+
+# the Neuron plugin's kernels through XLA on the host (tests/xla/README.md): 3 GB, some minutes
+xla: build/xla/installed
+	PJRT_DEVICE=CPU OMP_NUM_THREADS=1 PYTHONPATH=tests/xla build/xla/venv/bin/python tests/xla/check.py
+
+build/xla/installed:
+	$(PYTHON) -m venv build/xla/venv
+	build/xla/venv/bin/pip install -q -U pip "setuptools>=77" wheel
+	build/xla/venv/bin/pip install -q --no-deps torch==2.9.0 torch-xla==2.9.0
+	build/xla/venv/bin/pip install -q absl-py filelock fsspec jinja2 networkx "numpy<2.4" pyyaml requests sympy typing_extensions
+	build/xla/venv/bin/python tests/xla/stubs.py build/xla/venv/lib/python3*/site-packages/torch/lib
+	build/xla/venv/bin/pip install -q --no-build-isolation -e . -e demo
+	build/xla/venv/bin/pip install -q --no-build-isolation --no-deps -e plugins/cpu -e plugins/neuron
+	@touch $@
 
 docs: $(VENV)/dev
 	$(BIN)/python docs/generate.py
