@@ -30,6 +30,8 @@ UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"activation_function": "gelu_new"},
     "distilbert": {"max_position_embeddings": 512, "activation": "gelu"},
     "mistral": {"sliding_window": 4096},
+    "roberta": {"pad_token_id": 1},
+    "xlm-roberta": {"pad_token_id": 1},
     "mixtral": {"rope_theta": 1e6, "num_local_experts": 8},
     "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
@@ -144,7 +146,7 @@ def _config(architecture: str, raw: Mapping[str, Any], eos: tuple[int, ...]) -> 
         intermediate_size=number("intermediate_size", "n_inner", "hidden_dim", default=4 * hidden),
         vocab_size=number("vocab_size"),
         trained_len=trained_len,
-        max_len=_stretched(raw, trained_len),
+        max_len=_stretched(raw, trained_len) - _unused_positions(architecture, raw),
         tied=bool(raw.get("tie_word_embeddings", _tied_by_default(architecture))),
         dtype=dtype if dtype in DTYPES else "float32",
         eos_token_ids=eos,
@@ -159,6 +161,12 @@ def _stretched(raw: Mapping[str, Any], length: int) -> int:
     if kind == "yarn":
         return max(length, int(rope.get("original_max_position_embeddings", length) * factor))
     return int(length * factor) if kind == "dynamic" else length
+
+
+def _unused_positions(architecture: str, raw: Mapping[str, Any]) -> int:
+    """Positions before a text's first token: RoBERTa begins after the padding's."""
+    roberta = architecture.startswith(("Roberta", "XLMRoberta"))
+    return int(raw.get("pad_token_id") or 0) + 1 if roberta else 0
 
 
 def _tied_by_default(architecture: str) -> bool:

@@ -68,7 +68,7 @@ def plan_roberta(config: ModelConfig) -> EncoderPlan:
         act=base.act,
         norm_eps=config.get("layer_norm_eps", 1e-12),
         positions=config.trained_len,
-        first_position=config.get("pad_token_id", 1) + 1,
+        first_position=config.trained_len - config.max_len,
         token_types=config.get("type_vocab_size", 2),
         rename=named_as(_EMBEDDINGS, _LAYER, prefixes=("roberta.",), layers="encoder.layer."),
     )
