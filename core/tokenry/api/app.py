@@ -1,6 +1,6 @@
 """The routes, put together. In: the `Fleet`. Out: an ASGI application.
 
-A new route is one line in `ENDPOINTS`; the OpenAPI document reads the same list.
+A new route is one line in `_SERVED`; the OpenAPI document reads the same list.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp
 
 from tokenry.api import (
+    absent,
     admin,
     batches_api,
+    capabilities,
     embeddings,
     files_api,
+    llama,
     messages_api,
+    openapi,
     operate,
     pooling,
     rerank,
@@ -30,17 +34,19 @@ from tokenry.api.errors import on_http_exception, on_tokenry_error
 from tokenry.api.fleet import Fleet
 from tokenry.api.middleware import Faults
 from tokenry.api.routes import Endpoint, get, post, routes_of
-from tokenry.api.schema import ChatRequest, CompletionRequest
+from tokenry.api.schema import REFUSED, ChatRequest, CompletionRequest
 from tokenry.errors import TokenryError
 
-ENDPOINTS: tuple[Endpoint, ...] = (
-    post("/v1/chat/completions", chat_completions, "Answer a chat.", ChatRequest),
-    post("/v1/completions", completions, "Continue prompts.", CompletionRequest),
+_SERVED: tuple[Endpoint, ...] = (
+    post("/v1/chat/completions", chat_completions, "Answer a chat.", ChatRequest, refused=REFUSED),
+    post("/v1/completions", completions, "Continue prompts.", CompletionRequest, refused=REFUSED),
     get("/v1/models", operate.models, "The models served."),
     get("/v1/models/{id:path}", operate.model, "One model."),
     *responses_api.ENDPOINTS,
     *messages_api.ENDPOINTS,
     *tgi.ENDPOINTS,
+    *llama.ENDPOINTS,
+    *absent.ENDPOINTS,
     *embeddings.ENDPOINTS,
     *rerank.ENDPOINTS,
     *pooling.ENDPOINTS,
@@ -58,6 +64,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     get("/version", operate.version, "The server's version."),
     get("/", operate.page, "The page.", kind="text/html"),
 )
+ENDPOINTS = (*_SERVED, capabilities.endpoint(_SERVED), openapi.endpoint(_SERVED))
 
 
 def make_app(fleet: Fleet, desk: Desk) -> ASGIApp:

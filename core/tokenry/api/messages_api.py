@@ -166,7 +166,7 @@ def _delta(piece: Piece) -> dict[str, Any]:
 
 
 ENDPOINTS = (
-    post("/v1/messages", messages, "Anthropic's messages.", MessagesRequest),
+    post("/v1/messages", messages, "Anthropic's messages.", MessagesRequest, refused=REFUSED),
     post(
         "/v1/messages/count_tokens",
         count_tokens,

@@ -233,7 +233,13 @@ def _without_client(request: Request) -> Request:
 
 
 ENDPOINTS = (
-    post("/v1/responses", create, "Answer, and keep the answer.", ResponsesRequest),
+    post(
+        "/v1/responses",
+        create,
+        "Answer, and keep the answer.",
+        ResponsesRequest,
+        refused=REFUSED,
+    ),
     post("/v1/responses/input_tokens", count_input_tokens, "Tokens of an input.", ResponsesRequest),
     get(
         "/v1/responses/{id}",

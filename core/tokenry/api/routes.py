@@ -6,8 +6,8 @@ In: the facts. Out: Starlette's routes. Knows no handler.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from starlette.requests import Request
@@ -27,6 +27,7 @@ class Endpoint:
     kind    the content type of the answer.
     query   names of the parameters in the URL that mean something, each with its JSON schema.
     form    the body is multipart/form-data with these fields, each with its JSON schema.
+    refused   fields that the body may not ask with, and why.
     """
 
     verb: Verb
@@ -37,6 +38,7 @@ class Endpoint:
     kind: str = "application/json"
     query: dict[str, dict[str, Any]] | None = None
     form: dict[str, dict[str, Any]] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def get(path: str, run: Handler, about: str, **more: Any) -> Endpoint:

@@ -106,8 +106,9 @@ async def _answer(request: Request, *, stream: bool | None, many: bool) -> Respo
         unknown += more
     parameters = wanted.parameters or Parameters()
     streamed = bool(wanted.stream) if stream is None else stream
-    params = sampling_params(parameters, stream=streamed)
     service.admit()
+    mark = service.defaults.watermark
+    params = sampling_params(parameters, stream=streamed, mark=mark)
     prompt = await asyncio.to_thread(_prompt, wanted, service)
     run = Run(service, new_id("gen"))
     run.submit(

@@ -54,8 +54,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
 
 
-def sampling_params(given: Parameters, *, stream: bool) -> SamplingParams:
-    """SamplingParams; raises RequestError that names the field."""
+def sampling_params(
+    given: Parameters, *, stream: bool, mark: Watermark | None = None
+) -> SamplingParams:
+    """SamplingParams; raises RequestError that names the field.
+
+    mark   the watermark that this server puts on every answer.
+    """
     for name, why in REFUSED.items():
         if getattr(given, name):
             where = f"parameters.{name}"
@@ -83,7 +88,7 @@ def sampling_params(given: Parameters, *, stream: bool) -> SamplingParams:
             max_tokens=given.max_new_tokens or DEFAULT_TOKENS,
             logprobs=given.top_n_tokens or 0,
             prompt_logprobs=0 if given.decoder_input_details else None,
-            watermark=Watermark(scheme="kgw", gamma=0.5, delta=2.0) if given.watermark else None,
+            watermark=mark or (Watermark(scheme="kgw") if given.watermark else None),
             structured_outputs=_grammar(given.grammar),
         )
     except RequestError as error:
