@@ -20,6 +20,8 @@ MAX_REGEX_BYTES = 16 * 1024
 MAX_GRAMMAR_BYTES = 512 * 1024
 MAX_CHOICES = 4096
 MAX_CHOICE_BYTES = 256 * 1024
+WHITESPACE = r"[ \t]{1,2}|\r?\n( {0,32}|\t{0,8})"
+"""Between JSON's tokens, unless a request says otherwise."""
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 

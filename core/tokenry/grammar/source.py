@@ -16,10 +16,8 @@ from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from tokenry.errors import RequestError
-from tokenry.structured import StructuredOutputs, Thinking
+from tokenry.structured import WHITESPACE, StructuredOutputs, Thinking
 
-WHITESPACE = r"[ \t]{1,2}|\r?\n( {0,32}|\t{0,8})"
-"""Between JSON's tokens, unless a request says otherwise."""
 _ANCHORED_END = re.compile(r"(?<!\\)(\\\\)*\$$")
 
 
