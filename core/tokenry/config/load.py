@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,12 +95,20 @@ def _check_variables(environ: Mapping[str, str]) -> None:
     """
     known = {ENV_PREFIX + f.name.upper() for c in _CONFIGS for f in dataclasses.fields(c)}
     for variable in sorted(environ):
-        if variable.startswith(ENV_PREFIX) and variable not in known:
+        if variable.startswith(ENV_PREFIX) and variable not in known and not _of_plugin(variable):
             near = difflib.get_close_matches(variable, known, n=1)
             raise ConfigError(
                 f"The environment has {variable}, and there is no such option.",
                 mend=f"did you mean {near[0]}?" if near else f"unset {variable}",
             )
+
+
+def _of_plugin(variable: str) -> bool:
+    """Whether an installed backend's name follows the prefix (TOKENRY_ACME_...): then it is the
+    plugin's to read and to check.
+    """
+    installed = importlib.metadata.entry_points(group="tokenry.backends").names
+    return any(variable.startswith(f"{ENV_PREFIX}{name.upper()}_") for name in installed)
 
 
 def check_file_keys(file: str) -> None:

@@ -267,6 +267,16 @@ API int32_t tk_bf16_dots() { return kernels().dots; }
 
 API void tk_threads(int32_t count) { set_threads(count); }
 
+// counts[i] CPUs of node i, one after the other in `cpus`.
+API void tk_nodes(const int32_t* counts, int32_t nodes, const int32_t* cpus) {
+  std::vector<std::vector<int>> all;
+  for (int32_t i = 0; i < nodes; i++) {
+    all.emplace_back(cpus, cpus + counts[i]);
+    cpus += counts[i];
+  }
+  set_nodes(std::move(all));
+}
+
 // A packed copy of source [n, k] (float32; 16-bit for the 16-bit formats), null without memory.
 API Weight* tk_pack(const void* source, const float* bias, int64_t n, int64_t k, int32_t format) {
   Weight* w = new (std::nothrow) Weight{};

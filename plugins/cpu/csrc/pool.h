@@ -3,12 +3,16 @@
 #pragma once
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 namespace tokenry {
 
 // The threads of a job, the caller among them. Takes effect with the next job; at least 1.
 void set_threads(int count);
 int get_threads();
+
+// The CPUs of each memory node, so that a thread stays on one. For threads that start later.
+void set_nodes(std::vector<std::vector<int>> nodes);
 
 using Chunk = void (*)(void* context, int64_t index);
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import psutil
 import pytest
 import torch
 
 import tokenry_cpu
+from tokenry import LLM, SamplingParams
 from tokenry.backend.contract import DeviceRef, KVSpec
 from tokenry.errors import ConfigError, DeviceOOM
+from tokenry_cpu import native
 from tokenry_cpu.backend import CpuBackend, CpuOptions, usable_threads
-from tokenry_cpu.memory import cpu_quota, read_memory
+from tokenry_cpu.memory import cpu_quota, memory_nodes, read_memory
 
 GIB = 2**30
 PROC = {
@@ -126,6 +131,65 @@ def test_wrong_options_are_refused(options, words):
 def test_threads_are_set_by_the_option(threads):
     CpuBackend(CpuOptions.parse({"threads": "3"}))
     assert torch.get_num_threads() == 3
+
+
+def test_variables_stand_in_for_options_that_are_not_given(threads):
+    environ = {"TOKENRY_CPU_THREADS": "3", "TOKENRY_CPU_KV": "", "TOKENRY_MODEL": "demo"}
+    assert CpuOptions.parse({}, environ) == CpuOptions(threads=3)
+    assert CpuOptions.parse({"threads": "2"}, environ).threads == 2
+    with pytest.raises(ConfigError, match="TOKENRY_CPU_THREDS"):
+        CpuOptions.parse({}, {"TOKENRY_CPU_THREDS": "3"})
+    with pytest.raises(ConfigError, match="threads=none"):
+        CpuOptions.parse({}, {"TOKENRY_CPU_THREADS": "none"})
+
+
+def test_a_variable_of_the_plugin_reaches_it_through_the_core(threads, monkeypatch):
+    monkeypatch.setenv("TOKENRY_CPU_THREADS", "3")
+    with LLM("demo", backend="cpu", max_model_len=64) as llm:
+        assert llm.generate(["a"], SamplingParams(max_tokens=1), use_tqdm=False)
+        assert torch.get_num_threads() == 3
+    monkeypatch.setenv("TOKENRY_CPU_THREDS", "3")
+    with pytest.raises(ConfigError, match="TOKENRY_CPU_THREDS"), LLM("demo", backend="cpu"):
+        pass
+
+
+def test_memory_nodes_are_those_that_this_process_may_use(tree):
+    root = tree(
+        {
+            "sys/devices/system/node/node0/cpulist": "0-3,8\n",
+            "sys/devices/system/node/node1/cpulist": "4-7,9-11\n",
+            "sys/devices/system/node/node10/cpulist": "20\n",
+            "sys/devices/system/node/node2/cpulist": "\n",
+        }
+    )
+    assert memory_nodes(root, range(12)) == [[0, 1, 2, 3, 8], [4, 5, 6, 7, 9, 10, 11]]
+    assert memory_nodes(root, [5, 20]) == [[5], [20]]
+    assert memory_nodes(root / "nowhere", [0]) == []
+
+
+def test_threads_on_nodes_compute_the_same():
+    weight, x = torch.randn(500, 64), torch.randn(3, 64)
+    want = native.Weight(weight, None, "float32")(x)
+    cpus = sorted(os.sched_getaffinity(0))
+    native.set_nodes([cpus[:1], cpus[-1:], [10**6]])  # the last of them is not there
+    native.set_threads(9)
+    for _ in range(200):
+        assert torch.equal(native.Weight(weight, None, "float32")(x), want)
+    native.set_threads(1)
+    native.set_nodes([])
+    assert sorted(os.sched_getaffinity(0)) == cpus
+
+
+def test_kernels_called_at_once_from_several_threads_compute_the_same():
+    packed = native.Weight(torch.randn(700, 96), None, "float32")
+    x = torch.randn(40, 96)
+    want = packed(x)
+    native.set_threads(4)
+    with ThreadPoolExecutor(4) as callers:
+        for _ in range(100):
+            for got in callers.map(packed, [x, x[:1], x, x[:7]]):
+                assert torch.equal(got, want[: len(got)])
+    native.set_threads(1)
 
 
 def test_kv_is_zeroed_and_too_much_is_refused(threads):

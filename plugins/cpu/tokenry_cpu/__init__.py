@@ -4,6 +4,7 @@ until it is opened.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def tokenry_open(
         )
     from tokenry_cpu.backend import CpuBackend, CpuOptions
 
-    return CpuBackend(CpuOptions.parse(options))
+    return CpuBackend(CpuOptions.parse(options, os.environ))
 
 
 def read_cpuinfo(path: Path) -> tuple[str, tuple[str, ...]]:

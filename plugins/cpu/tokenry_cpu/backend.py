@@ -9,7 +9,7 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from tokenry.backend.contract import Caps, HostBatch, KVPlan, KVSpec, MemoryInfo
 from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, DeviceOOM
 from tokenry_cpu import native, native_ops, torch_ops
-from tokenry_cpu.memory import cpu_quota, read_memory, read_peak, reset_peak
+from tokenry_cpu.memory import cpu_quota, memory_nodes, read_memory, read_peak, reset_peak
 from tokenry_cpu.program import recorded
 
 log = logging.getLogger("tokenry.cpu")
@@ -32,6 +32,7 @@ NOT_BUILT = (
     "tokenry-cpu was installed without its native kernels (no C++ compiler was found then): plain "
     "torch computes instead, more slowly. Install a compiler, then reinstall tokenry-cpu."
 )
+VARIABLES = "TOKENRY_CPU_"
 KERNELS = ("auto", "native", "torch")
 KV_KINDS = ("auto", "int8")
 
@@ -52,9 +53,21 @@ class CpuOptions:
     kv: str = "auto"
 
     @classmethod
-    def parse(cls, options: Mapping[str, str]) -> CpuOptions:
-        """Options from strings. Raises ConfigError for a name or a value that is none."""
+    def parse(cls, options: Mapping[str, str], environ: Mapping[str, str] = {}) -> CpuOptions:
+        """Options from strings; what they lack from variables TOKENRY_CPU_<NAME>. Raises
+        ConfigError for a name or a value that is none.
+        """
         known = {f.name for f in fields(cls)}
+        for variable, value in environ.items():
+            name = variable.removeprefix(VARIABLES).lower()
+            if variable.startswith(VARIABLES) and name not in known:
+                raise ConfigError(
+                    f"The environment has {variable}; the cpu backend has no option {name!r}, it "
+                    f"has {', '.join(sorted(known))}.",
+                    mend=f"unset {variable}",
+                )
+            if variable.startswith(VARIABLES) and value:
+                options = {name: value, **options}
         for key in options:
             if key not in known:
                 raise ConfigError(
@@ -103,6 +116,7 @@ class CpuBackend(Backend):
             )
         if self._kernels is native_ops:
             native.set_threads(threads)
+            native.set_nodes(memory_nodes(root, affinity()))
             # plain torch comes close, but its error function (gelu) and its threads' shares do not
             self.caps = replace(self.caps, batch_invariant=True, quant=native_ops.QUANT)
 
@@ -228,6 +242,12 @@ def usable_threads(root: Path) -> int:
     """How many threads this process may run at once: its affinity, cut by the control group's
     quota.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = cpu_quota(root)
-    return max(1, min(affinity or 1, math.ceil(quota) if quota else 10**6))
+    return max(1, min(len(affinity()), math.ceil(quota) if quota else 10**6))
+
+
+def affinity() -> Sequence[int]:
+    """The CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)

@@ -8,7 +8,7 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenry.backend.contract import MemoryInfo
@@ -45,6 +45,26 @@ def cpu_quota(root: Path) -> float | None:
         if quota not in ("max", "-1"):
             quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
+
+
+def memory_nodes(root: Path, usable: Iterable[int]) -> list[list[int]]:
+    """The CPUs of each memory node (NUMA) that are among `usable`, nodes without one left out."""
+    allowed = set(usable)
+    nodes = []
+    base = root / "sys/devices/system/node"
+    for directory in sorted(base.glob("node[0-9]*"), key=lambda d: int(d.name[4:])):
+        cpus = [cpu for cpu in _cpu_list(_read(directory / "cpulist") or "") if cpu in allowed]
+        if cpus:
+            nodes.append(cpus)
+    return nodes
+
+
+def _cpu_list(text: str) -> Iterator[int]:
+    """Numbers of a list such as 0-2,5."""
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if first:
+            yield from range(int(first), int(last or first) + 1)
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int, int]]:

@@ -93,6 +93,7 @@ def library() -> ctypes.CDLL:
         ("tk_set_isa", c_int32, (c_char_p,)),
         ("tk_bf16_dots", c_int32, ()),
         ("tk_threads", None, (c_int32,)),
+        ("tk_nodes", None, (p, c_int32, p)),
         ("tk_pack", p, (p, p, i, i, c_int32)),
         ("tk_bytes", i, (p,)),
         ("tk_free", None, (p,)),
@@ -156,6 +157,13 @@ def narrowest(weight: Tensor) -> Tensor:
 def name_of(dtype: torch.dtype) -> str:
     """As FORMATS and the core name it."""
     return str(dtype).removeprefix("torch.")
+
+
+def set_nodes(nodes: Sequence[Sequence[int]]) -> None:
+    """The CPUs of each memory node, for threads that start later: each stays on one node."""
+    cpus = [cpu for node in nodes for cpu in node]
+    counts = (c_int32 * len(nodes))(*map(len, nodes))
+    library().tk_nodes(counts, len(nodes), (c_int32 * len(cpus))(*cpus))
 
 
 class Weight:
