@@ -181,7 +181,8 @@ async def pooling(request: Request) -> Response:
     wanted, unknown = decode_known(data, PoolingRequest, strict=strict, meaningless=MEANINGLESS)
     vectors = Vectors(request, service, wanted, "pool")
     kind = "embed" if vectors.facts is None else vectors.facts.kind
-    check_wanted(vectors.facts, wanted.task or kind, "these vectors")
+    asked = wanted.task or kind
+    check_wanted(vectors.facts, asked, "embeddings" if asked == "embed" else "classes")
     own, other = ("normalize", "use_activation") if kind == "embed" else (
         "use_activation", "normalize"
     )  # fmt: skip
