@@ -34,9 +34,11 @@ from tokenry.messages import (
 )
 from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams, default_params
-from tokenry.pooling import PoolingParams
+from tokenry.pooling import PooledRequest, PoolingOutput, PoolingParams
 from tokenry.text.outputs import OutputKind, OutputProcessor, Update
+from tokenry.text.pooling import PooledInputs
 from tokenry.text.tokenizer import Tokenizer
+from tokenry.vectors import pooled_request
 
 
 class AsyncEngine:
@@ -234,6 +236,40 @@ class AsyncEngine:
                     yield update.output
                 if update.finished:
                     return
+        finally:
+            self.abort(name)
+
+    async def encode(
+        self,
+        prompt: str | Sequence[int],
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        truncate_prompt_tokens: int | None = None,
+    ) -> PooledRequest[PoolingOutput]:
+        """What the model computes of the text, an embedding or classes; cancelling aborts it."""
+        name = request_id or uuid.uuid4().hex
+        longest = self.ready.max_model_len
+        inputs = PooledInputs(self.tokenizer, max_len=longest, truncate=truncate_prompt_tokens)
+        one = inputs.one(prompt, "prompt")
+        queue: asyncio.Queue[Update] = asyncio.Queue()
+        self.submit(
+            name,
+            one.token_ids,
+            SamplingParams(max_tokens=0),
+            queue,
+            prompt=one.text,
+            kind="final",
+            priority=priority,
+            pooling=pooling_params or PoolingParams(),
+        )
+        try:
+            update = await queue.get()
+            if update.error is not None:
+                raise update.error
+            assert update.output is not None, "kind final: one update, the last"
+            return pooled_request(update.output)
         finally:
             self.abort(name)
 

@@ -269,6 +269,12 @@ def _run_batch_options(parser: argparse.ArgumentParser) -> None:
     import_module("tokenry.api.batch_command").add_batch_arguments(parser)
 
 
+def _embed_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.embed_command").add_embed_arguments(parser)
+
+
 def _watermark_options(parser: argparse.ArgumentParser) -> None:
     from importlib import import_module
 
@@ -287,6 +293,7 @@ def _version(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "serve": ("serve a model over HTTP, with OpenAI's API and a page", _serve_options),
     "generate": ("continue prompts here, without a server", _generate_options),
+    "embed": ("embeddings or classes of texts here, without a server", _embed_options),
     "run-batch": ("answer a file of requests here, without a server", _run_batch_options),
     "chat": ("talk with a server, or with a model started here", _chat_options),
     "devices": ("which backends and devices there are, and why not others", _devices_options),

@@ -112,6 +112,11 @@ class Vectors:
         return [_result(output, make(_values(output))) for output in outputs]
 
 
+def pooled_request(output: RequestOutput) -> PooledRequest[PoolingOutput]:
+    """A finished request's values, whatever they are."""
+    return _result(output, PoolingOutput(data=_values(output)))
+
+
 def _values(output: RequestOutput) -> tuple[float, ...]:
     return floats(output.pooled or b"")
 
