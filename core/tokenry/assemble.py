@@ -25,14 +25,8 @@ from tokenry.hub import find_model
 from tokenry.messages import Ready, RequestLimits, Stats
 from tokenry.models.config import read_config
 from tokenry.models.generation import sampling_defaults, told
-from tokenry.models.pooling import (
-    ENCODERS,
-    Head,
-    PoolingPlan,
-    generates,
-    plan_pooling,
-    served_len,
-)
+from tokenry.models.head import Head, PoolingPlan
+from tokenry.models.pooling import ENCODERS, generates, plan_pooling, served_len
 from tokenry.models.registry import load_spec, pick_dtype
 from tokenry.params import NEEDS_LOGITS
 from tokenry.pooling import PoolingFacts

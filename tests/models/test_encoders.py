@@ -18,7 +18,8 @@ from tokenry.errors import ModelLoadError, UnknownArchitecture
 from tokenry.models.config import read_config
 from tokenry.models.encoder import TOKEN_TYPES
 from tokenry.models.encoder_spec import load_encoder
-from tokenry.models.pooling import Head, plan_pooling
+from tokenry.models.head import Head
+from tokenry.models.pooling import plan_pooling
 
 VOCAB = 160
 TINY = {

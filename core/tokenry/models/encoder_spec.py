@@ -18,8 +18,8 @@ from tokenry.backend.ops import OpTable
 from tokenry.errors import ModelLoadError, UnknownArchitecture
 from tokenry.models.config import ModelConfig
 from tokenry.models.encoder import Encoder, EncoderPlan, encoder_step
+from tokenry.models.head import PoolingPlan
 from tokenry.models.layers import Loader
-from tokenry.models.pooling import PoolingPlan
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
 
 ENCODERS: Mapping[str, str] = {

@@ -21,8 +21,9 @@ from tokenry.models.config import ModelConfig, read_config
 from tokenry.models.decoder import Decoder, DecoderPlan, Gives, decoder_step
 from tokenry.models.encoder_spec import load_encoder
 from tokenry.models.foreign import check_fields
+from tokenry.models.head import PoolingPlan
 from tokenry.models.layers import Loader
-from tokenry.models.pooling import ENCODERS, PoolingPlan, served_len
+from tokenry.models.pooling import ENCODERS, served_len
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
 
 NATIVE: Mapping[str, str] = {

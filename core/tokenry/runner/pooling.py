@@ -28,7 +28,7 @@ NAN_ROW = (
 
 
 class PooledHead(Protocol):
-    """What a model does with the one row that pooling leaves; `models.pooling.Head` is the real
+    """What a model does with the one row that pooling leaves; `models.head.Head` is the real
     one.
     """
 
