@@ -26,6 +26,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defa
     priority      lower runs first, under the priority policy.
     cache_salt    separates prefix-cache entries of tenants.
     eos_token_ids the model's own end tokens, unless params.ignore_eos.
+    source        id of a request with the same prompt: its blocks are shared.
+    beam_ids      with params.beam_width: under which the answers are told, the best first.
     pooling       the request ends with a vector after its prompt; params then has max_tokens 0.
     """
 
@@ -37,6 +39,8 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defa
     cache_salt: str = ""
     lora_name: str | None = None
     pooling: PoolingParams | None = None
+    source: str | None = None
+    beam_ids: tuple[str, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):

@@ -54,6 +54,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Sampling parameters of one request.
 
     n                    completions of the prompt; completion i draws from seed + i.
+    beam_width           beams of a beam search whose best n answers are given, 0: off. Ends are
+                         compared by the sum of their log-probabilities / tokens ** length_penalty;
+                         early_stopping: true ends with beam_width answers, false when no beam
+                         scores better as it is, "never" when none can (as transformers).
     temperature          0 is greedy, up to 100 (over HTTP up to 2, as in OpenAI's API).
                          top_k 0 or -1, top_p 1 and min_p 0 switch their filter off.
     presence_penalty, frequency_penalty   subtracted once / per occurrence in the output;
@@ -99,6 +103,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """
 
     n: int = 1
+    beam_width: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -219,6 +226,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _range("frequency_penalty", self.frequency_penalty, -2, 2)
         _range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
         self._check_extras()
+        self._check_beams()
         if self.seed is not None:
             _range("seed", self.seed, -(2**63), 2**64 - 1, whole=True)
         if self.max_tokens is not None:
@@ -239,6 +247,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 _range(name, value, 0, 1e9, open_low=True)
         for token, bias in (self.logit_bias or {}).items():
             _range(f"logit_bias.{token}", bias, -100, 100)
+
+    def _check_beams(self) -> None:
+        _range("beam_width", self.beam_width, 0, 64, whole=True)
+        _range("length_penalty", self.length_penalty, -100, 100)
+        if self.early_stopping not in (True, False, "never"):
+            text = f"early_stopping must be true, false or 'never', got {self.early_stopping!r}."
+            raise RequestError(text, param="early_stopping")
+        if not self.beam_width:
+            return
+        if self.n > self.beam_width:
+            text = f"n is {self.n}, a search with {self.beam_width} beams has no more answers."
+            raise RequestError(text, param="n")
+        if self.max_tokens == 0:
+            raise RequestError("A beam search needs max_tokens of 1 or more.", param="max_tokens")
+        fields = {field.name: field for field in msgspec.structs.fields(type(self))}
+        for name in NOT_WITH_BEAMS:
+            value = getattr(self, name)
+            if value != fields[name].default and not (name == "temperature" and value == 0):
+                raise RequestError(
+                    f"{name} cannot be served with a beam search, which draws nothing.",
+                    param=name,
+                    code="unsupported",
+                )
 
     def _check_extras(self) -> None:
         _range("typical_p", self.typical_p, 0, 1, open_low=True)
@@ -269,6 +300,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 NEEDS_LOGITS = (
+    "beam_width",
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
@@ -290,6 +322,15 @@ NEEDS_LOGITS = (
     "structured_outputs",
 )
 """Fields that no device serves which gives token ids instead of logits."""
+NOT_WITH_BEAMS = (
+    *(name for name in NEEDS_LOGITS if name not in ("logprobs", "beam_width")),
+    "temperature",
+    "top_p",
+    "top_k",
+    "stop",
+    "bad_words_ids",
+)
+"""Fields whose values a beam search could not honour."""
 
 _FLAGS = (
     "ignore_eos",

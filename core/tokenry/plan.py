@@ -44,6 +44,7 @@ class NewRequest:
     block_ids    blocks held before this step's row adds its own (prefix-cache hits).
     seed         the request's own random stream; with the output position it fixes every draw.
     mu           mirostat's bound after the last token, None before the first.
+    num_candidates   so many of the most likely tokens are told, whatever params.logprobs says.
     pooling      the row that reaches the prompt's end gives a vector, and no token is drawn.
     """
 
@@ -54,6 +55,7 @@ class NewRequest:
     seed: int
     block_ids: tuple[int, ...] = ()
     mu: float | None = None
+    num_candidates: int = 0
     pooling: PoolingParams | None = None
 
 

@@ -338,7 +338,7 @@ def test_requests_aborted_in_the_queue_are_not_kept_behind_a_blocked_head():
     engine.add(request("stays", [5] * 6))
     engine.abort([f"w{i}" for i in range(1000)])
     assert engine._scheduler.num_waiting == 1
-    assert engine._scheduler._waiting.num_kept < 32
+    assert engine._scheduler._roster.waiting.num_kept < 32
     engine.check_integrity()
     events = drain(engine)
     assert tokens_of(events["stays"]) == expected(request("stays", [5] * 6))

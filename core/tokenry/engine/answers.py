@@ -54,7 +54,7 @@ def event_of(request: Request, **news: object) -> TokensEvent:
         prompt_logprobs = tuple(request.prompt_logprobs)
         request.prompt_logprobs_sent = True
     return TokensEvent(
-        request_id=request.request_id,
+        request_id=request.told_as,
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=request.num_cached,
         num_preemptions=request.epoch,

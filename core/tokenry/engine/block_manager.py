@@ -93,6 +93,15 @@ class BlockManager:
             hashes.append(parent)
         return block_ids, hashes
 
+    def fork(self, block_ids: Sequence[int], count: int) -> list[int]:
+        """The first `count` blocks of a request, for another that begins with the same tokens and
+        is to hold them, too. Full blocks only: they are never written again, so the tokens after
+        them are written to blocks of one's own (copy on write, by computing them once more).
+        """
+        assert count <= len(block_ids), (count, block_ids)
+        assert all(self._references[b] for b in block_ids[:count]), "a fork shares what is held"
+        return list(block_ids[:count])
+
     def num_takable_after(self, prefix: Sequence[int]) -> int:
         """Blocks that could be handed out once `prefix` is held."""
         return len(self._unheld) - sum(1 for b in prefix if self._references[b] == 0)

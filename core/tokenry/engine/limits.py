@@ -11,6 +11,7 @@ class EngineLimits:
     """What the engine may hand out.
 
     num_blocks   0: the model has no KV, and requests need no blocks.
+    forks        the device can go on after blocks that another request computed.
     pools_whole  a pooling request needs every token of its prompt computed, not only the last.
     """
 
@@ -25,6 +26,7 @@ class EngineLimits:
     overlap: bool = True
     seed: int = 0
     pools_whole: bool = False
+    forks: bool = True
 
     def __post_init__(self) -> None:
         assert self.chunked_prefill or self.max_num_batched_tokens >= self.max_model_len, (

@@ -8,20 +8,39 @@ LoRA and of the salt (see block_manager.root_hash).
 from __future__ import annotations
 
 from tokenry.engine.block_manager import BlockManager, block_hash, root_hash
-from tokenry.engine.request import Request
+from tokenry.engine.request import Request, Status
 
 
 def find_prefix(
     blocks: BlockManager, request: Request, *, pools_whole: bool = False
 ) -> tuple[list[int], list[bytes]]:
-    """Cached blocks and their hashes; none for a request that scores its prompt or pools over all
+    """Blocks with the KV of its first tokens and their hashes, from the cache or from its source,
+    whichever has more; none for a request that scores its prompt or pools over all
     of it, for then every token must be computed, as the last token always must.
     """
     if request.scores_prompt or (pools_whole and request.pooling is not None):
         return [], []
     root = root_hash(request.cache_salt, request.lora_name)
     most = (len(request.tokens) - 1) // blocks.block_size
-    return blocks.find_prefix(root, request.tokens, most)
+    found = blocks.find_prefix(root, request.tokens, most)
+    source = request.source
+    if source is not None and source.status is Status.RUNNING:
+        shared = min(most, min(request.num_shared, source.num_done) // blocks.block_size)
+        if shared > len(found[0]):
+            return blocks.fork(source.block_ids, shared), source.block_hashes[:shared]
+    return found
+
+
+def shares_prompt(request: Request, source: Request) -> bool:
+    """Whether the source's blocks hold what the request's prompt needs: the same tokens, of the
+    same tenant and LoRA, and no scores wanted that only computing gives.
+    """
+    return (
+        source.tokens[: source.num_prompt] == request.tokens
+        and (source.cache_salt, source.lora_name) == (request.cache_salt, request.lora_name)
+        and request.params.prompt_logprobs is None
+        and request.pooling is None
+    )
 
 
 def enter_blocks(blocks: BlockManager, request: Request, num_computed: int) -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tokenry.engine.gate import Matcher
 from tokenry.messages import AddRequest
 from tokenry.params import SamplingParams
-from tokenry.plan import TokenLogprobs
+from tokenry.plan import NewRequest, TokenLogprobs
 from tokenry.pooling import PoolingParams
+
+if TYPE_CHECKING:
+    from tokenry.engine.beam_group import BeamGroup
 
 
 class Status(enum.Enum):
@@ -30,6 +34,11 @@ class Request:
 
     tokens         prompt and known output.
     num_computed   tokens whose KV is computed, or will be when the steps in flight have run.
+    num_done       tokens whose KV is computed, as the results that are here say.
+    source         another request whose first num_shared tokens are this one's, so that its blocks
+                   may be shared.
+    group, beam    the search that it is a beam of, and which one in this round.
+    introduce      the runner has to be told its tokens anew.
     num_pending    1 while a sampled token is in flight: it exists, but nobody here knows it yet.
     key            place in the queue and in the running list: the smallest goes first.
     block_ids      blocks held, in the order of the tokens.
@@ -48,7 +57,7 @@ class Request:
     stop_ids: frozenset[int]
     eos_ids: frozenset[int]
     seed: int
-    key: tuple[int, int]
+    key: tuple[int, ...]
     priority: int
     cache_salt: str
     lora_name: str | None
@@ -58,7 +67,13 @@ class Request:
     matcher: Matcher | None = None
     status: Status = Status.WAITING
     num_computed: int = 0
+    num_done: int = 0
     num_pending: int = 0
+    source: Request | None = None
+    num_shared: int = 0
+    group: BeamGroup | None = None
+    beam: int = 0
+    introduce: bool = False
     num_cached: int = 0
     epoch: int = 0
     scheduled_s: float = 0.0
@@ -74,7 +89,7 @@ class Request:
         message: AddRequest,
         *,
         matcher: Matcher | None = None,
-        key: tuple[int, int],
+        key: tuple[int, ...],
         seed: int,
         max_model_len: int,
         now_s: float,
@@ -100,6 +115,25 @@ class Request:
             matcher=matcher,
             pooling=message.pooling,
         )
+
+    def introduction(self, block_ids: tuple[int, ...]) -> NewRequest:
+        """What the runner must know of it, which holds these blocks."""
+        return NewRequest(
+            request_id=self.request_id,
+            token_ids=tuple(self.tokens),
+            num_prompt=self.num_prompt,
+            params=self.params,
+            seed=self.seed,
+            block_ids=block_ids,
+            pooling=self.pooling,
+            mu=self.mu,
+            num_candidates=0 if self.group is None else self.group.search.num_candidates,
+        )
+
+    @property
+    def told_as(self) -> str:
+        """The id under which its events go out."""
+        return self.request_id if self.group is None else self.group.ids[0]
 
     @property
     def num_tokens(self) -> int:

@@ -22,17 +22,17 @@ number of steps and never starves it.
 
 from __future__ import annotations
 
-import bisect
 import time
 from dataclasses import dataclass
 
 from tokenry.engine.answers import check_length, event_of, take_tokens, too_large
+from tokenry.engine.beam_group import BeamGroup
 from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.gate import Matcher
 from tokenry.engine.limits import Counters, EngineLimits
-from tokenry.engine.prefix import enter_blocks, find_prefix
+from tokenry.engine.prefix import enter_blocks, find_prefix, shares_prompt
 from tokenry.engine.request import Request, Status
-from tokenry.engine.waiting import WaitingQueue
+from tokenry.engine.roster import Roster
 from tokenry.errors import Refusal, RequestError
 from tokenry.messages import AddRequest, TokensEvent
 from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult
@@ -58,11 +58,8 @@ class Scheduler:
             limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching
         )
         self.counters = Counters()
-        self._requests: dict[str, Request] = {}
-        self._waiting = WaitingQueue()
-        self._running: list[Request] = []
+        self._roster = Roster(self.blocks, self.counters)
         self._in_flight: dict[int, tuple[_Planned, ...]] = {}
-        self._forget: list[str] = []
         self._events: list[TokensEvent] = []
         self._arrivals = 0
 
@@ -72,7 +69,7 @@ class Scheduler:
         """Queue a request. Raises RequestError for one that can never run."""
         limits = self.limits
         num_prompt = len(message.token_ids)
-        if message.request_id in self._requests:
+        if message.request_id in self._roster:
             raise RequestError(f"Request id {message.request_id!r} is in use.", param="request_id")
         check_length(num_prompt, message.params.max_tokens, limits.max_model_len)
         self._arrivals += 1
@@ -81,31 +78,46 @@ class Scheduler:
             if limits.policy == "priority"
             else 0
         )
+        group = BeamGroup.of(message, limits.max_model_len) if message.params.beam_width else None
         request = Request.from_message(
-            message,
+            message if group is None else group.first,
             matcher=matcher,
             key=(urgency, self._arrivals),
             seed=(limits.seed << 32) ^ self._arrivals,
             max_model_len=limits.max_model_len,
             now_s=time.monotonic(),
         )
-        self._requests[request.request_id] = request
+        self._roster.requests[request.request_id] = request
         self.counters.prompt_tokens += num_prompt
-        self._queue(request)
+        if group is not None:
+            group.begin(request)
+            self._roster.groups.update(dict.fromkeys(group.ids, group))
+        source = self._roster.requests.get(message.source or "")
+        if source is not None and limits.forks and shares_prompt(request, source):
+            request.source, request.num_shared = source, num_prompt
+            if source.num_done < num_prompt > limits.block_size:
+                self._roster.held.setdefault(source.request_id, []).append(request)
+                return  # until the prompt is computed: see _release
+        self._roster.queue(request)
 
     def abort(self, request_id: str) -> bool:
         """End a request now, without an event; whether there was one."""
-        request = self._requests.get(request_id)
+        group = self._roster.groups.get(request_id)
+        if group is not None:
+            self.counters.aborted += 1
+            self._roster.end_group(group)
+            return True
+        request = self._roster.requests.get(request_id)
         if request is None:
             return False
         self.counters.aborted += 1
-        self._end(request)
+        self._roster.end(request)
         return True
 
     def reset_prefix_cache(self) -> None:
         """Forget which blocks hold what; running requests go on."""
         self.blocks.reset_prefix_cache()
-        for request in self._running:
+        for request in self._roster.running:
             request.block_hashes = []
 
     # ---- a step ------------------------------------------------------------------------------
@@ -115,50 +127,57 @@ class Scheduler:
         is there).
         """
         planned: list[_Planned] = []
-        budget, preempted = self._plan_running(planned, self.limits.max_num_batched_tokens)
         new: list[NewRequest] = []
+        budget, preempted = self._plan_running(planned, new, self.limits.max_num_batched_tokens)
         if not preempted:
             self._plan_waiting(planned, new, budget)
         if not planned:
-            return None
+            stuck = not self._in_flight and self._roster.waiting.head() is not None
+            return self.schedule() if stuck and self._roster.end_idle_beam() else None
         self.counters.steps += 1
         plan = StepPlan(
             step=self.counters.steps,
             new=tuple(new),
             rows=tuple(p.row for p in planned),
-            forget=tuple(self._forget),
+            forget=tuple(self._roster.forget),
         )
-        self._forget.clear()
+        self._roster.forget.clear()
         self._in_flight[plan.step] = tuple(planned)
         return plan
 
-    def _plan_running(self, planned: list[_Planned], budget: int) -> tuple[int, bool]:
+    def _plan_running(
+        self, planned: list[_Planned], new: list[NewRequest], budget: int
+    ) -> tuple[int, bool]:
         """Rows for the running list, in its order; gives what is left of the budget, and if one was
         preempted.
         """
         preempted = False
         i = 0
-        while i < len(self._running) and budget > 0:
-            request = self._running[i]
+        while i < len(self._roster.running) and budget > 0:
+            request = self._roster.running[i]
             num_new = min(self._gap(request), budget)
             if num_new <= 0:
                 i += 1
                 continue
+            before = tuple(request.block_ids)
             block_ids = self._grow(request, num_new)
-            while block_ids is None and self._running[-1] is not request:
-                self._preempt(self._running[-1])
+            while block_ids is None and self._roster.running[-1] is not request:
+                self._roster.preempt(self._roster.running[-1])
                 preempted = True
                 block_ids = self._grow(request, num_new)
             if block_ids is None:
                 # nobody is less urgent: it gives up its own blocks, or nobody else holds any and it
                 # can never go on
-                if len(self._running) == 1:
+                if len(self._roster.running) == 1:
                     refusal = too_large(self.blocks, request.num_computed + num_new)
                     self._fail(request, refusal.message, refusal)
                 else:
-                    self._preempt(request)
+                    self._roster.preempt(request)
                 preempted = True
                 break
+            if request.introduce:
+                request.introduce = False
+                new.append(request.introduction(before))
             self._plan_row(planned, request, num_new, block_ids)
             budget -= num_new
             i += 1
@@ -168,10 +187,10 @@ class Scheduler:
         """Admit from the queue while sequences, tokens and blocks last; nobody overtakes."""
         reserved = sum(
             max(0, self.blocks.num_blocks_for(len(r.tokens)) - len(r.block_ids))
-            for r in self._running
+            for r in self._roster.running
         )
-        while budget > 0 and len(self._running) < self.limits.max_num_seqs:
-            request = self._waiting.head()
+        while budget > 0 and len(self._roster.running) < self.limits.max_num_seqs:
+            request = self._roster.waiting.head()
             if request is None or request.num_pending:
                 break  # preempted with a token in flight: the runner must be told all tokens
             needed = self.blocks.num_blocks_for(len(request.tokens))
@@ -188,22 +207,11 @@ class Scheduler:
             if self.blocks.num_takable_after(prefix) - reserved < needed - len(prefix):
                 break
             num_new = min(num_new, budget)
-            self._admit(request, prefix, hashes, num_cached)
+            self._roster.admit(request, prefix, hashes, num_cached)
             block_ids = self._grow(request, num_new)
             assert block_ids is not None, "room was checked"
             reserved += needed - len(request.block_ids)
-            new.append(
-                NewRequest(
-                    request_id=request.request_id,
-                    token_ids=tuple(request.tokens),
-                    num_prompt=request.num_prompt,
-                    params=request.params,
-                    seed=request.seed,
-                    block_ids=tuple(prefix),
-                    pooling=request.pooling,
-                    mu=request.mu,
-                )
-            )
+            new.append(request.introduction(tuple(prefix)))
             self._plan_row(planned, request, num_new, block_ids)
             budget -= num_new
 
@@ -242,59 +250,14 @@ class Scheduler:
         request.num_pending = int(sample)
         planned.append(_Planned(request, row, request.epoch))
 
-    # ---- admission, preemption, end ----------------------------------------------------------
-
-    def _queue(self, request: Request) -> None:
-        request.status = Status.WAITING
-        self._waiting.push(request)
-
-    def _admit(
-        self, request: Request, prefix: list[int], hashes: list[bytes], num_cached: int
-    ) -> None:
-        self._waiting.pop()
-        self.blocks.hold(prefix)
-        request.block_ids = list(prefix)
-        request.block_hashes = hashes
-        request.num_computed = num_cached
-        request.status = Status.RUNNING
-        bisect.insort(self._running, request, key=lambda r: r.key)
-        if not request.scheduled_s:
-            request.scheduled_s = time.monotonic()
-            request.num_cached = min(num_cached, request.num_prompt)
-            self.counters.prefix_queries += len(request.tokens)
-            self.counters.prefix_hits += num_cached
-
-    def _preempt(self, request: Request) -> None:
-        """Back to the queue without its blocks; its tokens (one of them perhaps in flight) stay."""
-        self.counters.preemptions += 1
-        self._drop_blocks(request)
-        request.num_computed = 0
-        request.epoch += 1
-        if not request.prompt_logprobs_sent:
-            request.prompt_logprobs.clear()
-        self._queue(request)
-
-    def _end(self, request: Request) -> None:
-        waited = request.status is Status.WAITING
-        if not waited:
-            self._drop_blocks(request)
-        request.status = Status.ENDED
-        if waited:
-            self._waiting.note_left()
-        del self._requests[request.request_id]
-
-    def _drop_blocks(self, request: Request) -> None:
-        self._running.remove(request)
-        self.blocks.release(request.block_ids)
-        request.block_ids = []
-        request.block_hashes = []
-        self._forget.append(request.request_id)
+    # ---- what a step gave --------------------------------------------------------------------
 
     def _fail(self, request: Request, error: str, refusal: Refusal | None = None) -> None:
-        self._end(request)
+        if request.group is not None:
+            self._roster.end_group(request.group)
+        else:
+            self._roster.end(request)
         self._emit(request, finish_reason="error", error=error, refusal=refusal)
-
-    # ---- what a step gave --------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> None:
         """Take in the result of a step: tokens, ends, blocks for the prefix cache."""
@@ -331,11 +294,18 @@ class Scheduler:
         """Append the row's tokens until one ends the request; enter its full blocks in the prefix
         cache.
         """
+        done = planned.row.num_computed + planned.row.num_new
+        if planned.epoch == request.epoch and request.status is Status.RUNNING:
+            request.num_done = max(request.num_done, done)
+            if request.num_done >= request.num_prompt:
+                self._roster.release(request)
+        if request.group is not None:
+            self._take_beam(request.group, request, planned, row)
+            return
         taken = take_tokens(request, row.token_ids)
         finish = taken.finish
         request.mu = request.mu if row.mu is None else row.mu
         self.counters.generation_tokens += taken.count
-        done = planned.row.num_computed + planned.row.num_new
         if finish is None and not planned.row.sample and done >= request.max_len:
             # nothing was to be drawn (max_tokens 0, or a vector is all that is wanted)
             finish = "length" if request.pooling is None else "stop"
@@ -343,7 +313,7 @@ class Scheduler:
             enter_blocks(self.blocks, request, done)
         if taken.count or finish:
             if finish is not None:
-                self._end(request)
+                self._roster.end(request)
             self._emit(
                 request,
                 token_ids=tuple(row.token_ids[: taken.count]),
@@ -353,6 +323,39 @@ class Scheduler:
                 complete=taken.complete,
                 pooled=row.pooled,
             )
+
+    def _take_beam(
+        self, group: BeamGroup, request: Request, planned: _Planned, row: RowResult
+    ) -> None:
+        """A beam's part of the round; the last one's ends it, and perhaps the search."""
+        if planned.epoch == request.epoch and request.status is Status.RUNNING:
+            enter_blocks(self.blocks, request, request.num_done)
+        if not planned.row.sample:
+            return
+        complete = group.note(request, row)
+        if request.status is Status.WAITING:
+            self._roster.end(request)  # preempted since: it need not come back
+        if not complete:
+            return
+        after = group.advance()
+        if after is None:
+            self._roster.end_group(group)
+            events = group.answer(request)
+            self.counters.generation_tokens += sum(len(event.token_ids) for event in events)
+            self._events += events
+            return
+        for heir in after.heirs:
+            one = heir.request
+            one.tokens.append(heir.token)
+            one.beam, one.max_len = heir.beam, one.max_len + 1
+            if not heir.known:  # the runner believes that the token it drew is the next
+                one.introduce = True
+                self._roster.forget.append(one.request_id)
+        for fork in after.forks:
+            self._roster.requests[fork.request_id] = fork
+            self._roster.queue(fork)
+        for parent in after.gone:
+            self._roster.end(parent)
 
     def _emit(self, request: Request, **news: object) -> None:
         self._events.append(event_of(request, **news))
@@ -367,33 +370,22 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that hold blocks."""
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+        """Requests in the queue, and those that wait for another's prompt."""
+        return self._roster.num_waiting
 
     def kv_waste(self) -> float:
         """Share of the slots in held blocks that no token uses (blocks held by several count
         once).
         """
         unused = sum(
-            len(r.block_ids) * self.limits.block_size - r.num_computed for r in self._running
+            len(r.block_ids) * self.limits.block_size - r.num_computed for r in self._roster.running
         )
         return unused / max(1, self.blocks.num_held * self.limits.block_size)
 
     def check_integrity(self) -> None:
         """Blocks and requests agree. Raises IntegrityError or AssertionError."""
-        self.blocks.check_integrity(r.block_ids for r in self._running)
-        size = self.limits.block_size
-        for request in self._requests.values():
-            assert 0 <= request.num_computed <= request.num_tokens, request
-            running = request in self._running
-            assert running == (request.status is Status.RUNNING), request
-            assert running or not request.block_ids, request
-            held = len(request.block_ids) * size if self.blocks.num_blocks else request.num_computed
-            assert held >= request.num_computed, request
-        keys = [r.key for r in self._running]
-        assert keys == sorted(keys), keys
-        assert len(self._waiting) + len(self._running) == len(self._requests)
+        self._roster.check()

@@ -19,7 +19,7 @@ class WaitingQueue:
     """Owned by Scheduler, who sets the status of its requests."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Request]] = []
+        self._heap: list[tuple[tuple[int, ...], Request]] = []
         self._num_waiting = 0
 
     def __len__(self) -> int:

@@ -26,6 +26,7 @@ class RequestState:
                there is none.
     processor  the request's own logits processor.
     mask       what its grammar lets this step draw.
+    num_scores likely tokens to report with each drawn one, None: no log-probabilities.
     mu         mirostat's bound after the last known token, None before the first.
     pooling    what vector it ends with, None if it gives tokens.
     pooled     sum of its hidden rows so far, or its first, where not only the last is pooled.
@@ -33,8 +34,8 @@ class RequestState:
     """
 
     __slots__ = (
-        "blocks", "feedback", "mask", "mu", "num_blocks", "num_known", "num_prompt", "params",
-        "pooled", "pooling", "processor", "refused", "seed", "tokens",
+        "blocks", "feedback", "mask", "mu", "num_blocks", "num_known", "num_prompt", "num_scores",
+        "params", "pooled", "pooling", "processor", "refused", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewRequest, block_size: int) -> None:
@@ -53,6 +54,9 @@ class RequestState:
         self.mask: Mask | None = None
         self.refused: Refusal | None = None
         self.mu = new.mu
+        self.num_scores = self.params.logprobs
+        if new.num_candidates:
+            self.num_scores = max(self.params.logprobs or 0, new.num_candidates)
         self.pooling = new.pooling
         self.pooled: Tensor | None = None
 

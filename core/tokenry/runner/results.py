@@ -121,10 +121,10 @@ class PartialStep:
             rows = [launch.shares[i].row for i in sampled.mu_rows]
             self._steered.append(_Steered(rows=rows, at=len(self.tensors)))
             self.tensors.append(sampled.mu)
-        wanting = [(row, i) for row, i in pairs if self._states[row].params.logprobs is not None]
+        wanting = [(row, i) for row, i in pairs if self._states[row].num_scores is not None]
         if wanting:
             index = torch.tensor([i for _, i in wanting], device=logits.device)
-            wanted = [self._states[row].params.logprobs or 0 for row, _ in wanting]
+            wanted = [self._states[row].num_scores or 0 for row, _ in wanting]
             scores = score(logits[index], sampled.token_ids[index], max(wanted))
             rows = [row for row, _ in wanting]
             self._note_scores(scores, rows, wanted, prompt=False)

@@ -122,9 +122,13 @@ class OutputProcessor:
             param=param,
         )
         self._requests[request_id] = state
+        ids = tuple(child_id(request_id, i) for i in range(params.n))
+        searched = params.beam_width > 0
         return [
             AddRequest(
-                request_id=child_id(request_id, i),
+                request_id=ids[i],
+                source=ids[0] if i else None,
+                beam_ids=ids if searched else (),
                 token_ids=state.prompt_ids,
                 params=_child_params(params, i),
                 eos_token_ids=() if params.ignore_eos else self._tokenizer.eos_token_ids,
@@ -133,7 +137,7 @@ class OutputProcessor:
                 lora_name=lora_name,
                 pooling=pooling,
             )
-            for i in range(params.n)
+            for i in range(1 if searched else params.n)
         ]
 
     def update(self, event: TokensEvent) -> Update | None:
@@ -368,6 +372,8 @@ def logprobs_dict(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logpr
 
 
 def _child_params(params: SamplingParams, index: int) -> SamplingParams:
+    if index:  # the prompt is scored once, by the first
+        params = msgspec.structs.replace(params, prompt_logprobs=None)
     if params.seed is None:
         return msgspec.structs.replace(params, n=1)
     seed = params.seed + index
