@@ -61,7 +61,7 @@ def test_no_room_imports_itself_by_way_of_others(arrows):
         ("runner", {"backend", "errors", "models", "params", "plan", "pooling"}),
         ("models", {"backend", "errors", "pooling"}),
         ("backend", {"errors"}),
-        ("text", {"errors", "messages", "outputs", "params", "plan", "pooling"}),
+        ("text", {"errors", "messages", "outputs", "params", "plan", "pooling", "structured"}),
     ],
 )
 def test_rooms_know_only_what_they_may(arrows, room, allowed):

@@ -31,10 +31,12 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     begin  text that opens it; the model may leave all of it out. None: the prompt has opened it
            already, so it must come to its end.
     end    text that closes it.
+    skipped   text in the place of all that, where the model leaves it out.
     """
 
     begin: str | None = None
     end: str
+    skipped: str = ""
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

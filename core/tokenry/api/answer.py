@@ -26,6 +26,7 @@ class Usage(msgspec.Struct):
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's usage object."""
@@ -34,7 +35,7 @@ class Usage(msgspec.Struct):
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
         }
 
 
@@ -44,6 +45,7 @@ class RunningUsage:
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._completion = 0
+        self.reasoning = 0
 
     def take(self, prompt_index: int, output: RequestOutput) -> None:
         """Count a delta."""
@@ -53,15 +55,21 @@ class RunningUsage:
     def as_json(self) -> dict[str, Any]:
         """OpenAI's usage object."""
         prompt, cached = (sum(p[i] for p in self._prompts.values()) for i in (0, 1))
-        return Usage(prompt=prompt, completion=self._completion, cached=cached).as_json()
+        return Usage(
+            prompt=prompt,
+            completion=self._completion,
+            cached=cached,
+            reasoning=self.reasoning,
+        ).as_json()
 
 
-def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Usage of finished outputs."""
+def usage_of(outputs: Sequence[RequestOutput], *, reasoning: int = 0) -> dict[str, Any]:
+    """Usage of finished outputs; `reasoning` of their tokens are thinking."""
     return Usage(
         prompt=sum(len(output.prompt_token_ids) for output in outputs),
         completion=sum(len(one.token_ids) for output in outputs for one in output.outputs),
         cached=sum(output.num_cached_tokens for output in outputs),
+        reasoning=reasoning,
     ).as_json()
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,16 +22,18 @@ from tokenry.api.answer import (
     usage_of,
 )
 from tokenry.api.body import read_json
-from tokenry.api.run import Prompt, Run
+from tokenry.api.chat_prompt import check_messages, render
+from tokenry.api.reply import Reply
+from tokenry.api.run import Run
 from tokenry.api.schema import ChatRequest, chat_params, decode
 from tokenry.api.service import Service, new_id, service_of
 from tokenry.api.wire import clamp
-from tokenry.errors import RequestError
 from tokenry.outputs import CompletionOutput, Logprob, RequestOutput
-from tokenry.text.tokenizer import Tokenizer
+from tokenry.params import SamplingParams
+from tokenry.text.tools import ToolUse, read_tools
+from tokenry.text.tools_answer import AnswerFormat
 
-_OWN_FIELDS = ("add_generation_prompt", "continue_final_message")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+__all__ = ["ChatAnswer", "chat_completions", "check_messages", "render"]
 
 
 async def chat_completions(request: Request) -> Response:
@@ -40,10 +43,13 @@ async def chat_completions(request: Request) -> Response:
     chat, unknown = decode(data, ChatRequest, strict=service.config.strict_params)
     model = service.check_model(chat.model)
     check_messages(chat.messages)
-    params = chat_params(chat)
+    params = chat_params(chat, service.defaults)
+    use = read_tools(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
     service.admit()
-    prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer)
-    answer = ChatAnswer(service, chat, model)
+    form = service.answer_format
+    prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer, form)
+    answer = ChatAnswer(service, chat, model, use, prompt.text)
+    params = answer_params(params, form, use, prompt.text or "")
     run = Run(service, answer.id)
     run.submit(
         [prompt],
@@ -51,64 +57,40 @@ async def chat_completions(request: Request) -> Response:
         kind="delta" if chat.stream else "final",
         priority=chat.priority or 0,
         cache_salt=chat.cache_salt or "",
-        asked_tokens=params.max_tokens,
+        asked_tokens=chat.max_completion_tokens or chat.max_tokens,
     )
     headers = ignored_header(unknown)
     if chat.stream:
+        if params.structured_outputs is not None:
+            await run.accepted()
         return answer_stream(service, run, answer.chunks(run, params.n), headers)
     return await answer_whole(request, service, run, answer.whole, headers)
 
 
-def check_messages(messages: Sequence[dict[str, Any]]) -> None:
-    """Raises RequestError that names the message at fault; contents are the template's to judge."""
-    if not messages:
-        raise RequestError("There are no messages.", param="messages")
-    for i, message in enumerate(messages):
-        role = message.get("role")
-        if role not in ROLES:
-            raise RequestError(
-                f"messages[{i}].role is {role!r}, it must be one of {', '.join(ROLES)}.",
-                param=f"messages[{i}].role",
-            )
-
-
-def render(chat: ChatRequest, tokenizer: Tokenizer) -> Prompt:
-    """The prompt that the chat template makes of the messages."""
-    continued = bool(chat.continue_final_message)
-    generation = chat.add_generation_prompt
-    text = tokenizer.chat_template.render(
-        [_with_content(message) for message in chat.messages],
-        add_generation_prompt=(not continued) if generation is None else generation,
-        continue_final_message=continued,
-        **_template_kwargs(chat),
-    )
-    ids = tokenizer.encode(text, add_special_tokens=bool(chat.add_special_tokens))
-    return Prompt(token_ids=ids, text=text, param="messages")
-
-
-def _with_content(message: dict[str, Any]) -> dict[str, Any]:
-    """An assistant's content may be null, which most templates cannot join to their text."""
-    return message if message.get("content") is not None else {**message, "content": ""}
-
-
-def _template_kwargs(chat: ChatRequest) -> dict[str, Any]:
-    kwargs = chat.chat_template_kwargs or {}
-    for name in ("messages", "chat_template", "tools", "self"):
-        if name in kwargs:
-            raise RequestError(
-                f"chat_template_kwargs must not hold {name!r}.",
-                param=f"chat_template_kwargs.{name}",
-            )
-    return {name: value for name, value in kwargs.items() if name not in _OWN_FIELDS}
+def answer_params(
+    params: SamplingParams, form: AnswerFormat, use: ToolUse, prompt: str
+) -> SamplingParams:
+    """With what binds the answer, and with the special tokens that are marks in it."""
+    shape = form.shape(use, params.structured_outputs, prompt)
+    params = msgspec.structs.replace(params, structured_outputs=shape)
+    if form.needs_specials(use):
+        params = msgspec.structs.replace(params, skip_special_tokens=False)
+    return params
 
 
 class ChatAnswer:
     """The answer's fields that do not change, and its two forms."""
 
-    def __init__(self, service: Service, chat: ChatRequest, model: str) -> None:
+    def __init__(
+        self, service: Service, chat: ChatRequest, model: str, use: ToolUse, prompt: str | None
+    ) -> None:
         self.id = f"chatcmpl-{chat.request_id}" if chat.request_id else new_id("chatcmpl")
         self._chat = chat
         self._tokenizer = service.engine.tokenizer
+        self._form = service.answer_format
+        self._use = use
+        self._prompt = prompt
+        self._replies: dict[int, Reply] = {}
         self._head = {
             "id": self.id,
             "created": int(time.time()),
@@ -122,8 +104,8 @@ class ChatAnswer:
             **self._head,
             "object": "chat.completion",
             "choices": [self._choice(one) for one in outputs[0].outputs],
-            "usage": usage_of(outputs),
         }
+        answer["usage"] = usage_of(outputs, reasoning=self._num_reasoning)
         if self._chat.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(outputs[0])
         return answer
@@ -145,22 +127,57 @@ class ChatAnswer:
                 for index in range(n):
                     yield {**self._chunk(index, {"role": "assistant", "content": ""}), **told}
             for one in item[1].outputs:
-                yield {**self._delta(one), **told}
+                for chunk in self._deltas(one):
+                    yield {**chunk, **told}
+        usage.reasoning = self._num_reasoning
         if include_usage:
             yield {**self._chunk_head(), "choices": [], "usage": usage.as_json()}
 
     def _choice(self, one: CompletionOutput) -> dict[str, Any]:
+        reply = self._reply(one.index)
+        message = {"role": "assistant", "content": one.text, "refusal": None}
         return {
             "index": one.index,
-            "message": {"role": "assistant", "content": one.text, "refusal": None},
+            "message": message if reply is None else reply.message(one),
             "logprobs": self._logprobs(one),
-            "finish_reason": one.finish_reason,
+            "finish_reason": one.finish_reason if reply is None else reply.finish_reason(one),
             "stop_reason": one.stop_reason,
         }
 
-    def _delta(self, one: CompletionOutput) -> dict[str, Any]:
-        delta = {"content": one.text} if one.text or not one.finished else {}
-        return self._chunk(one.index, delta, self._logprobs(one), one.finish_reason)
+    def _deltas(self, one: CompletionOutput) -> list[dict[str, Any]]:
+        """Chunks of what is new; the last one carries the log-probabilities and the end."""
+        reply, logprobs = self._reply(one.index), self._logprobs(one)
+        if reply is None:
+            delta = {"content": one.text} if one.text or not one.finished else {}
+            return [self._chunk(one.index, delta, logprobs, one.finish_reason)]
+        deltas = reply.deltas(one)
+        if not deltas and (one.finished or logprobs is not None):
+            deltas = [{}]
+        chunks = [self._chunk(one.index, delta) for delta in deltas[:-1]]
+        if deltas:
+            finish = reply.finish_reason(one)
+            chunks.append(self._chunk(one.index, deltas[-1], logprobs, finish))
+        return chunks
+
+    def _reply(self, index: int) -> Reply | None:
+        """What reads this choice; None where its text is its content."""
+        if not self._form.reads(self._use):
+            return None
+        reply = self._replies.get(index)
+        if reply is None:
+            skipped = self._chat.skip_special_tokens is not False
+            reply = self._replies[index] = Reply(
+                self._form,
+                self._use,
+                self._prompt,
+                special=skipped and self._form.needs_specials(self._use),
+                reasoning_shown=self._chat.include_reasoning is not False,
+            )
+        return reply
+
+    @property
+    def _num_reasoning(self) -> int:
+        return sum(reply.num_reasoning for reply in self._replies.values())
 
     def _chunk_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"}

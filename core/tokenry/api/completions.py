@@ -38,7 +38,7 @@ async def completions(request: Request) -> Response:
     data = await read_json(request)
     wanted, unknown = decode(data, CompletionRequest, strict=service.config.strict_params)
     model = service.check_model(wanted.model)
-    params = completion_params(wanted)
+    params = completion_params(wanted, service.defaults)
     service.admit()
     prompts = await asyncio.to_thread(read_prompts, wanted, service.engine.tokenizer)
     answer = CompletionAnswer(service, wanted, model, params.n, prompts)
@@ -53,6 +53,8 @@ async def completions(request: Request) -> Response:
     )
     headers = ignored_header(unknown)
     if wanted.stream:
+        if params.structured_outputs is not None:
+            await run.accepted()
         return answer_stream(service, run, answer.chunks(run), headers)
     return await answer_whole(request, service, run, answer.whole, headers)
 

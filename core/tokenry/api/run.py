@@ -51,6 +51,7 @@ class Run:
         self._ids: dict[str, int] = {}
         self._accounts: dict[str, Account] = {}
         self._last_s: dict[tuple[int, int], float] = {}
+        self._first: Update | None = None
 
     def submit(
         self,
@@ -114,6 +115,18 @@ class Run:
     ) -> None:
         self.close()
 
+    async def accepted(self) -> None:
+        """Until the engine has told of what takes it time to check, a grammar: raises what it
+        refuses, so that a stream's status line can say so.
+        """
+        self._first = await self._queue.get()
+        if self._first.error is not None:
+            try:
+                async for _ in self.updates():
+                    pass
+            finally:
+                self.close()
+
     def close(self) -> None:
         """Abort what is not finished."""
         for name in self._ids:
@@ -146,6 +159,9 @@ class Run:
 
     async def _next(self) -> Update | None:
         """The next update; None after `keep_alive_s` of silence."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         if not self._queue.empty():
             return self._queue.get_nowait()  # a timer per token would cost more than the token
         try:

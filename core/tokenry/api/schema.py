@@ -12,6 +12,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from tokenry.api.sampling import Defaults, extras, with_defaults
+from tokenry.api.shape import ShapeFields, shape_of
 from tokenry.api.wire import convert
 from tokenry.errors import RequestError
 from tokenry.params import SamplingParams
@@ -22,9 +24,8 @@ MAX_STOPS = 64
 _Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
 REFUSED = {
-    "tools": "tool calls are not served yet",
-    "functions": "tool calls are not served yet",
-    "function_call": "tool calls are not served yet",
+    "functions": "give functions as tools",
+    "function_call": "give it as tool_choice",
     "audio": "this model gives text only",
     "prediction": "predicted outputs are not served",
     "web_search_options": "web search is not served",
@@ -33,20 +34,18 @@ REFUSED = {
     "logits_processor": "logits processors are not served over HTTP",
     "extra_args": "logits processors are not served over HTTP",
     "bad_words_ids": "give the words as bad_words",
-    "guided_json": "structured output is not served yet",
-    "guided_regex": "structured output is not served yet",
-    "guided_choice": "structured output is not served yet",
-    "guided_grammar": "structured output is not served yet",
-    "structured_outputs": "structured output is not served yet",
+    "guided_decoding_backend": "there is one grammar compiler",
     "use_beam_search": "beam search is not served",
-    "reasoning_effort": "this model does not reason",
     "chat_template": "start the server with --chat-template FILE instead",
     "truncate_prompt_tokens": "prompts are never truncated in silence",
     "lora_name": "LoRA adapters are not served yet",
 }
-"""Fields that ask for what we cannot give. Null, false and empty ask for nothing (but tools: [] is
-wrong).
-"""
+"""Fields that ask for what we cannot give. Null, false and empty ask for nothing."""
+
+_CHAT_ONLY = {
+    "tools": "tools are for chats",
+    "reasoning_effort": "it is for chats",
+}
 
 HARMLESS: dict[str, type] = {
     "user": str,
@@ -56,14 +55,11 @@ HARMLESS: dict[str, type] = {
     "safety_identifier": str,
     "prompt_cache_key": str,
     "prompt_cache_retention": str,
-    "parallel_tool_calls": bool,
 }
 """Fields that do not change the text, and what they hold."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "best_of": (1,),
     "detokenize": (True,),
 }
@@ -78,7 +74,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class _Sampling(msgspec.Struct, frozen=True, kw_only=True):
+class _Sampling(ShapeFields, frozen=True, kw_only=True):
     """Fields that both endpoints have; None is the default of `SamplingParams`."""
 
     model: str | None = None
@@ -124,6 +120,11 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
 
 
 class CompletionRequest(_Sampling, frozen=True, kw_only=True):
@@ -163,6 +164,10 @@ _COPIED = [
 def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, list[str]]:
     """The request, and the fields that mean nothing here (400 for them if `strict`)."""
     _refuse(data)
+    for name in _CHAT_ONLY.keys() & data.keys() - set(kind.__struct_fields__):
+        if data[name]:
+            why = f"{name} cannot be served: {_CHAT_ONLY[name]}."
+            raise RequestError(why, param=name, code="unsupported")
     meaningless = {*HARMLESS, *REFUSED, *_NEUTRAL}
     request, unknown = decode_known(data, kind, strict=strict, meaningless=meaningless)
     if request.stream_options is not None and not request.stream:
@@ -189,8 +194,7 @@ def decode_known(
 
 def _refuse(data: dict[str, Any]) -> None:
     for name, why in REFUSED.items():
-        value = data.get(name)
-        if value or (name == "tools" and value is not None):
+        if data.get(name):
             raise RequestError(f"{name} cannot be served: {why}.", param=name, code="unsupported")
     for name, neutral in _NEUTRAL.items():
         value = data.get(name)
@@ -209,7 +213,7 @@ def _refuse(data: dict[str, Any]) -> None:
         raise RequestError("store: answers are not stored here.", param="store", code="unsupported")
 
 
-def chat_params(request: ChatRequest) -> SamplingParams:
+def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     """SamplingParams of a chat; without a limit the answer may fill the context."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
@@ -220,14 +224,14 @@ def chat_params(request: ChatRequest) -> SamplingParams:
         limit = request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     try:
-        return _params(request, max_tokens=limit, logprobs=logprobs)
+        return _params(request, defaults, max_tokens=defaults.limit(limit), logprobs=logprobs)
     except RequestError as error:
         if error.param == "logprobs":
             error.param = "top_logprobs"
         raise
 
 
-def completion_params(request: CompletionRequest) -> SamplingParams:
+def completion_params(request: CompletionRequest, defaults: Defaults) -> SamplingParams:
     """SamplingParams of a completion; echo with logprobs needs the prompt's, too."""
     limit = 16 if request.max_tokens is None else request.max_tokens
     if not request.echo:
@@ -236,7 +240,7 @@ def completion_params(request: CompletionRequest) -> SamplingParams:
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
     changed = msgspec.structs.replace(request, prompt_logprobs=prompt_logprobs)
-    return _params(changed, max_tokens=limit, logprobs=request.logprobs)
+    return _params(changed, defaults, max_tokens=defaults.limit(limit), logprobs=request.logprobs)
 
 
 def _at_least_one(name: str, value: int | None) -> None:
@@ -244,7 +248,9 @@ def _at_least_one(name: str, value: int | None) -> None:
         raise RequestError(f"{name} must be at least 1, got {value}.", param=name)
 
 
-def _params(request: _Sampling, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+def _params(
+    request: _Sampling, defaults: Defaults, *, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
     values = {name: getattr(request, name) for name in _COPIED}
     given = {name: value for name, value in values.items() if value is not None}
     stop = request.stop
@@ -256,4 +262,8 @@ def _params(request: _Sampling, *, max_tokens: int | None, logprobs: int | None)
         raise RequestError(
             f"temperature must be in [0, 2], got {request.temperature}.", param="temperature"
         )
-    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+    given |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    shape = shape_of(request)
+    if shape is not None:
+        given["structured_outputs"] = shape
+    return with_defaults(given | extras(request, defaults), defaults)

@@ -19,11 +19,12 @@ from starlette.requests import Request
 import tokenry
 from tokenry.api.errors import NotReady
 from tokenry.api.metrics import Metrics, ModelMetrics
+from tokenry.api.sampling import Defaults
 from tokenry.api.tracing import Tracer
 from tokenry.async_engine import AsyncEngine
 from tokenry.config import ServerConfig
 from tokenry.errors import ModelNotFound, Overloaded, RequestError
-
+from tokenry.text.tools_answer import AnswerFormat
 
 SERVICE = "tokenry.service"
 """Where router.py puts the service of the model that a request names."""
@@ -47,6 +48,7 @@ class Service:
     num_active: int = 0
     stalled: str | None = None
     paused: Literal["sleeping", "unloaded"] | None = None
+    _answer_format: AnswerFormat | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -59,6 +61,22 @@ class Service:
         ready = self.engine.ready
         facts = f"{tokenry.__version__} {self.engine.config.model} {ready.backend} {ready.dtype}"
         return f"fp_{zlib.crc32(facts.encode()):08x}"
+
+    @property
+    def defaults(self) -> Defaults:
+        """What requests get that do not set it; without the model's while it loads."""
+        model = self.engine.ready.sampling_defaults if self.engine.is_ready else {}
+        return Defaults.of(model, self.config)
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        """How this model's answers are read; made once for its tokenizer."""
+        known, tokenizer = self._answer_format, self.engine.tokenizer
+        if known is None or known.tokenizer is not tokenizer:
+            config = self.config
+            known = AnswerFormat.of(tokenizer, config.tool_parser, config.reasoning_parser)
+            self._answer_format = known
+        return known
 
     def admit(self) -> None:
         """Raises what keeps a request out now: loading, draining, a dead engine, a full queue."""

@@ -38,6 +38,22 @@ class ServerConfig:
     chat_template: str | None = option(
         "file with a Jinja chat template, instead of the tokenizer's", None
     )
+    tool_parser: Literal[
+        "auto",
+        "hermes",
+        "llama3_json",
+        "pythonic",
+        "mistral",
+        "mistral_v11",
+        "deepseek_v3",
+        "deepseek_v31",
+        "harmony",
+        "json",
+        "gemma",
+    ] = option("how the model writes tool calls; auto: as its chat template does", "auto")
+    reasoning_parser: Literal[
+        "auto", "none", "harmony", "think", "mistral", "seed", "thought", "kimi", "gemma", "cohere"
+    ] = option("marks around the model's thinking; auto: those of its chat template", "auto")
     max_body_bytes: int = option("largest request body", 32 * 2**20)
     max_queue: int = option(
         "requests that may wait for the engine; one more is answered with 503", 4096

@@ -87,7 +87,7 @@ def thinking_lark(thinking: Thinking, special_ids: Mapping[str, int]) -> str:
     """`start`: free text to its end, then the grammar named `body`."""
     end = literal(thinking.end, special_ids)
     rules = ["GAP: /[ \\n]{1,4}/", "TEXT: /(.|\\n)*/"]
-    if thinking.end in special_ids:
+    if end.startswith("<["):
         rules.append(f"thought: TEXT {end}")
     else:
         rules.append(f"thought[lazy]: /(.|\\n)*/ {end}")
@@ -95,15 +95,20 @@ def thinking_lark(thinking: Thinking, special_ids: Mapping[str, int]) -> str:
         rules.append("start: thought GAP? @body")
     else:
         begin = literal(thinking.begin, special_ids)
-        rules.append(f"start: GAP? ({begin} thought GAP?)? @body")
+        if thinking.skipped:
+            skipped = literal(thinking.skipped, special_ids)
+            rules.append(f"start: ({begin} thought | {skipped}) GAP? @body")
+        else:
+            rules.append(f"start: GAP? ({begin} thought GAP?)? @body")
     return "\n".join(rules)
 
 
 def literal(text: str, special_ids: Mapping[str, int]) -> str:
     """The text in Lark; a special token is named by its id, as it is not made of characters."""
-    if text in special_ids:
-        return f"<[{special_ids[text]}]>"
-    return quoted(text)
+    marks = sorted(special_ids, key=len, reverse=True)
+    cut = "|".join(re.escape(mark) for mark in marks) or "(?!)"
+    parts = [part for part in re.split(f"({cut})", text) if part]
+    return " ".join(f"<[{special_ids[p]}]>" if p in special_ids else quoted(p) for p in parts)
 
 
 def quoted(text: str) -> str:

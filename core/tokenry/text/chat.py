@@ -40,6 +40,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._compiled: dict[str, jinja2.Template] = {}
 
+    @property
+    def text(self) -> str:
+        """Of all templates, to be searched for what they print."""
+        return "\n".join(self._sources.values())
+
     def __bool__(self) -> bool:
         return bool(self._sources)
 

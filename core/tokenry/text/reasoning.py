@@ -7,12 +7,12 @@ Knows no tool calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenry.errors import ConfigError
 from tokenry.structured import Thinking
 from tokenry.text.tools_scan import (
+    AnswerOnly,
     Content,
     Marks,
     Piece,
@@ -150,7 +150,7 @@ class ThinkingReader:
         return self._answer.feed(text) if text else []
 
 
-class Plain:
+class Plain(AnswerOnly):
     """Reads nothing: all text is content."""
 
     def feed(self, text: str) -> list[Piece]:
@@ -160,6 +160,3 @@ class Plain:
     def flush(self) -> list[Piece]:
         """Nothing is held."""
         return []
-
-
-MakeReader = Callable[[], Reader]

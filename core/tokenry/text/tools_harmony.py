@@ -44,6 +44,11 @@ class Harmony:
         self._index = 0
         self._raw: RawObject | None = None
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the next text is in the channel of thinking, its header with it."""
+        return self._body == "analysis" or (self._body is None and "analysis" in self._header)
+
     def feed(self, text: str) -> list[Piece]:
         """What the text adds."""
         return self._read(self._scanner.feed(text))

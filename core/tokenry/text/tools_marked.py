@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenry.text.tools_parsers import Prose, RawObject
-from tokenry.text.tools_scan import CallBegin, JsonCall, Marks, Piece, Scanner, joined
+from tokenry.text.tools_scan import AnswerOnly, CallBegin, JsonCall, Marks, Piece, Scanner, joined
 
 
-class Mistral:
+class Mistral(AnswerOnly):
     """[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] or [TOOL_CALLS]name[ARGS]{...}."""
 
     def __init__(self, marks: Marks) -> None:
@@ -105,7 +105,7 @@ class Mistral:
         return pieces
 
 
-class DeepSeek:
+class DeepSeek(AnswerOnly):
     """<｜tool▁call▁begin｜>name<｜tool▁sep｜>{...}<｜tool▁call▁end｜>; V3 writes
     function<｜tool▁sep｜>name, a line break and the arguments in a fence.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenry.text.tools_scan import (
+    AnswerOnly,
     CallArguments,
     CallBegin,
     Content,
@@ -75,7 +76,7 @@ class RawObject:
         return [] if self._begun else [CallArguments(self._index, "{}")]
 
 
-class TaggedJson:
+class TaggedJson(AnswerOnly):
     """Hermes, Qwen: <tool_call>{"name": ..., "arguments": {...}}</tool_call>, again and again."""
 
     def __init__(self, marks: Marks, open_mark: str) -> None:
@@ -130,7 +131,7 @@ class TaggedJson:
         return self._prose.feed(self._open_mark + raw) if raw.strip() else []
 
 
-class LeadingJson:
+class LeadingJson(AnswerOnly):
     """Llama 3.1, Gemma: the answer is one JSON object, or several, of functions that are known;
     perhaps in a fence. Any other answer is content.
     """

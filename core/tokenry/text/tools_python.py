@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from tokenry.text.tools_scan import (
+    AnswerOnly,
     CallArguments,
     CallBegin,
     Content,
@@ -22,7 +23,7 @@ from tokenry.text.tools_scan import (
 )
 
 
-class Pythonic:
+class Pythonic(AnswerOnly):
     """Llama 3.2 and 4: [name(key=value, ...), ...], told when the list has ended."""
 
     _LEAD = re.compile(r"\s*\[?\s*(?:[A-Za-z_][\w.]*)?\s*(?P<call>(?<=[\w\s])\()?")

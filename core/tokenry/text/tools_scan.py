@@ -49,6 +49,11 @@ Piece = Content | Reasoning | CallBegin | CallArguments
 class Reader(Protocol):
     """Reads one answer."""
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the next text is the model's thinking, as far as is known."""
+        ...
+
     def feed(self, text: str) -> list[Piece]:
         """What the text adds."""
         ...
@@ -56,6 +61,12 @@ class Reader(Protocol):
     def flush(self) -> list[Piece]:
         """What was held back, at the answer's end."""
         ...
+
+
+class AnswerOnly:
+    """A reader of what is never thinking."""
+
+    is_thinking = False
 
 
 class Marks:
