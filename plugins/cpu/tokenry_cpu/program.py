@@ -64,6 +64,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.block_size = 0
         self._alive: list[Any] = []  # an address must not be used again while recording
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Asked by torch: true would import its compiler (1 to 2 s) for the first operation."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self._alive.append((args, out))
