@@ -104,6 +104,26 @@ int64_t weight_bytes(const Weight& w) {
   return value_bytes(w.format, w.panels * kPanel * w.depth) + scale_count(w) * 4;
 }
 
+// A weight's sizes, without memory.
+Weight shaped(int64_t n, int64_t k, int32_t format) {
+  Weight w{};
+  w.format = format;
+  w.n = n;
+  w.k = k;
+  w.panels = (n + kPanel - 1) / kPanel;
+  const bool pairs = format == kBF16 || format == kBF16Dots;
+  const int64_t multiple = format == kInt8 ? 4 : format == kInt4 ? kGroup : pairs ? 2 : 1;
+  w.depth = (k + multiple - 1) / multiple * multiple;
+  return w;
+}
+
+// Values first, scales behind them.
+void lay_out(Weight& w, void* memory) {
+  w.data = memory;
+  w.scales = reinterpret_cast<float*>(static_cast<char*>(memory) + weight_bytes(w) -
+                                      scale_count(w) * 4);
+}
+
 // Source rows as they come: float32 values, or 16-bit ones whose bits are kept.
 template <class T>
 void pack_values(const Weight& w, const T* source, int64_t panel) {
@@ -279,24 +299,16 @@ API void tk_nodes(const int32_t* counts, int32_t nodes, const int32_t* cpus) {
 
 // A packed copy of source [n, k] (float32; 16-bit for the 16-bit formats), null without memory.
 API Weight* tk_pack(const void* source, const float* bias, int64_t n, int64_t k, int32_t format) {
-  Weight* w = new (std::nothrow) Weight{};
+  Weight* w = new (std::nothrow) Weight(shaped(n, k, format));
   if (!w) return nullptr;
-  w->format = format;
-  w->n = n;
-  w->k = k;
   w->bias = bias;
-  w->panels = (n + kPanel - 1) / kPanel;
-  const bool pairs = format == kBF16 || format == kBF16Dots;
-  const int64_t multiple = format == kInt8 ? 4 : format == kInt4 ? kGroup : pairs ? 2 : 1;
-  w->depth = (k + multiple - 1) / multiple * multiple;
   const int64_t bytes = weight_bytes(*w);
   char* memory = static_cast<char*>(pages(bytes));
   if (!memory) {
     delete w;
     return nullptr;
   }
-  w->data = memory;
-  w->scales = reinterpret_cast<float*>(memory + bytes - scale_count(*w) * 4);
+  lay_out(*w, memory);
   parallel(w->panels, [&](int64_t panel) {
     switch (format) {
       case kF32: return pack_values(*w, static_cast<const float*>(source), panel);
@@ -310,11 +322,29 @@ API Weight* tk_pack(const void* source, const float* bias, int64_t n, int64_t k,
   return w;
 }
 
+// A weight that lies packed in memory of the caller's, which outlives it.
+API Weight* tk_adopt(void* memory, const float* bias, int64_t n, int64_t k, int32_t format) {
+  Weight* w = new (std::nothrow) Weight(shaped(n, k, format));
+  if (!w) return nullptr;
+  w->bias = bias;
+  w->borrowed = true;
+  lay_out(*w, memory);
+  return w;
+}
+
+API int64_t tk_packed_bytes(int64_t n, int64_t k, int32_t format) {
+  return weight_bytes(shaped(n, k, format));
+}
+
+API int32_t tk_layout() { return kLayout; }
+
+API void* tk_data(const Weight* w) { return w->data; }
+
 API int64_t tk_bytes(const Weight* w) { return weight_bytes(*w); }
 
 API void tk_free(Weight* w) {
   if (!w) return;
-  free_pages(w->data, weight_bytes(*w));
+  if (!w->borrowed) free_pages(w->data, weight_bytes(*w));
   delete w;
 }
 

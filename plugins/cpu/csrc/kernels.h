@@ -19,6 +19,9 @@ constexpr int64_t kPiece = 1024;
 
 // kBF16Dots: bf16 weights whose activations are rounded to bf16 once (to nearest, ties to even) and
 // multiplied in pairs with float32 sums: one instruction where the machine has it.
+// Version of what follows: weights packed with another are not read from a cache.
+constexpr int32_t kLayout = 1;
+
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kBF16Dots = 5 };
 
 constexpr bool quantised(int32_t format) { return format == kInt8 || format == kInt4; }
@@ -36,6 +39,7 @@ struct Weight {
   void* data;
   float* scales;
   const float* bias;  // [n] or null
+  bool borrowed;      // the memory is the caller's
 };
 
 // Activations as the kernels read them: tiles of equally many rows (the last may have fewer).

@@ -25,6 +25,7 @@ from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, DeviceOOM
 from tokenry_cpu import native, native_ops, torch_ops
 from tokenry_cpu.memory import cpu_quota, memory_nodes, read_memory, read_peak, reset_peak
+from tokenry_cpu.pack_cache import open_cache
 from tokenry_cpu.program import recorded
 
 log = logging.getLogger("tokenry.cpu")
@@ -44,6 +45,7 @@ class CpuOptions:
     threads   threads of one op; 0: as many as this process may run on (affinity and control group).
     kernels   native | torch; auto: the native ones where they were built
     isa       instruction set of the native kernels, as `native.isas()` names them; empty: the best
+    pack_cache  directory for packed weights, so that the next start maps them; empty: none
     kv        auto: KV in the model's dtype; int8: in 8 bits, one scale for each token and head
     """
 
@@ -51,6 +53,7 @@ class CpuOptions:
     kernels: str = "auto"
     isa: str = ""
     kv: str = "auto"
+    pack_cache: str = ""
 
     @classmethod
     def parse(cls, options: Mapping[str, str], environ: Mapping[str, str] = {}) -> CpuOptions:
@@ -91,7 +94,8 @@ class CpuOptions:
                 f"--backend-option kv={kv}: it is one of {', '.join(KV_KINDS)}.",
                 mend="--backend-option kv=int8",
             )
-        return cls(threads=int(threads), kernels=kernels, isa=options.get("isa", ""), kv=kv)
+        rest = {name: options[name] for name in ("isa", "pack_cache") if name in options}
+        return cls(threads=int(threads), kernels=kernels, kv=kv, **rest)
 
 
 class CpuBackend(Backend):
@@ -109,9 +113,11 @@ class CpuBackend(Backend):
         self._kernels: ModuleType = pick_kernels(options)
         self._ops: Mapping[str, Any] = self._kernels.ops()
         self._int8_kv = options.kv == "int8"
-        if self._int8_kv and self._kernels is torch_ops:
+        self._pack_cache = options.pack_cache
+        if self._kernels is torch_ops and (self._int8_kv or self._pack_cache):
+            named = "kv=int8" if self._int8_kv else "pack_cache"
             raise ConfigError(
-                "--backend-option kv=int8 is for the native kernels.",
+                f"--backend-option {named} is for the native kernels.",
                 mend="leave it out, or --backend-option kernels=native",
             )
         if self._kernels is native_ops:
@@ -189,10 +195,17 @@ class CpuBackend(Backend):
         """
         if self._kernels is not native_ops:
             return super().build_model(spec, weights, ops)
-        self._ops["linear"].round_activations = spec.dtype == "bfloat16"
+        linear: native_ops.Linear = self._ops["linear"]
+        linear.round_activations = spec.dtype == "bfloat16"
+        cache = open_cache(self._pack_cache, spec) if self._pack_cache else None
         if spec.dtype == "bfloat16" and (wide := in_float32(spec)) is not None:
             spec, weights = wide, ((name, t.bfloat16()) for name, t in weights)
-        return recorded(super().build_model(spec, weights, ops))
+        linear.cache = cache
+        step = super().build_model(spec, weights, ops)
+        linear.cache = None
+        if cache is not None:
+            cache.report()
+        return recorded(step)
 
 
 def in_float32(spec: ModelSpec) -> ModelSpec | None:

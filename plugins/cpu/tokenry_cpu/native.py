@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import weakref
 from collections.abc import Iterator, Sequence
 from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -95,6 +96,10 @@ def library() -> ctypes.CDLL:
         ("tk_threads", None, (c_int32,)),
         ("tk_nodes", None, (p, c_int32, p)),
         ("tk_pack", p, (p, p, i, i, c_int32)),
+        ("tk_adopt", p, (p, p, i, i, c_int32)),
+        ("tk_packed_bytes", i, (i, i, c_int32)),
+        ("tk_layout", c_int32, ()),
+        ("tk_data", p, (p,)),
         ("tk_bytes", i, (p,)),
         ("tk_free", None, (p,)),
         ("tk_linear", None, (p, p, i, i, p, i)),
@@ -159,6 +164,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def layout() -> int:
+    """The version of the packed formats."""
+    return int(library().tk_layout())
+
+
+def packed_bytes(n: int, k: int, format: str) -> int:
+    """Bytes of a packed weight [n, k]."""
+    return int(library().tk_packed_bytes(n, k, FORMATS[format]))
+
+
 def set_nodes(nodes: Sequence[Sequence[int]]) -> None:
     """The CPUs of each memory node, for threads that start later: each stays on one node."""
     cpus = [cpu for node in nodes for cpu in node]
@@ -169,24 +184,40 @@ def set_nodes(nodes: Sequence[Sequence[int]]) -> None:
 class Weight:
     """A packed weight in memory of its own. format: a key of FORMATS."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, format: str) -> None:
-        """Packs weight [n, k]: float32, or 16-bit for the 16-bit formats. Raises MemoryError."""
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        format: str,
+        *,
+        memory: mmap.mmap | None = None,
+        offset: int = 0,
+    ) -> None:
+        """Packs weight [n, k]: float32, or 16-bit for the 16-bit formats. With `memory` it is there
+        already, packed, `offset` bytes from the begin. Raises MemoryError.
+        """
         self.out_features, self.in_features = weight.shape
         self.format = format
         self._bias = None if bias is None else bias.float().contiguous()
-        source = weight.contiguous()
+        bias_at = None if self._bias is None else self._bias.data_ptr()
+        size = (self.out_features, self.in_features, FORMATS[format])
         lib = library()
-        self.handle = lib.tk_pack(
-            source.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            self.out_features,
-            self.in_features,
-            FORMATS[format],
-        )
+        if memory is None:
+            source = weight.contiguous()
+            self.handle = lib.tk_pack(source.data_ptr(), bias_at, *size)
+        else:
+            held = torch.frombuffer(memory, dtype=torch.uint8, offset=offset)
+            self._held = held  # keeps the memory as long as this weight
+            self.handle = lib.tk_adopt(held.data_ptr(), bias_at, *size)
         if not self.handle:
             raise MemoryError(f"no memory to pack a weight of {tuple(weight.shape)} as {format}")
         self.nbytes: int = lib.tk_bytes(self.handle)
         weakref.finalize(self, lib.tk_free, self.handle)
+
+    def memory(self) -> memoryview:
+        """The packed values and scales."""
+        raw = (ctypes.c_char * self.nbytes).from_address(library().tk_data(self.handle))
+        return memoryview(raw)
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [T, in] float32 with contiguous rows -> [T, out]."""

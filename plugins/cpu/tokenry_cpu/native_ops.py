@@ -18,6 +18,7 @@ from tokenry.backend.reference import ReferenceOp
 from tokenry_cpu import native
 from tokenry_cpu.abi import AttentionCall
 from tokenry_cpu.moe import RowMoe
+from tokenry_cpu.pack_cache import PackCache
 
 QUANT = frozenset({"int8", "int4"})
 """int8: one scale an output channel; int4: one for 32 inputs of a channel."""
@@ -50,6 +51,8 @@ class Linear(ReferenceOp):
     """Set by the backend for a model in bfloat16: where the kernels have the instruction, what
     bfloat16 weights multiply is rounded to bfloat16 once; sums are float32 always.
     """
+    cache: PackCache | None = None
+    """Set by the backend while it builds a model whose packed weights are kept on disk."""
 
     def pack(self, weights: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """In the narrowest float format that loses nothing: a checkpoint in bfloat16 or float16
@@ -62,14 +65,19 @@ class Linear(ReferenceOp):
         name = native.name_of(narrow.dtype)
         if name == "bfloat16" and self.round_activations and native.bf16_dots():
             name = "bfloat16_dots"
-        return {"packed": native.Weight(narrow, weights.get("bias"), name)}
+        return {"packed": self._packed(narrow, weights.get("bias"), name)}
 
     def quantize(self, weights: Mapping[str, Tensor], format: str) -> Mapping[str, Any]:
         """In `QUANT`'s formats; activations are then quantised to 8 bits in each call, per row for
         int8, per row and 32 inputs for int4.
         """
         weight = weights["weight"].float()
-        return {"packed": native.Weight(weight, weights.get("bias"), format)}
+        return {"packed": self._packed(weight, weights.get("bias"), format)}
+
+    def _packed(self, weight: Tensor, bias: Tensor | None, format: str) -> native.Weight:
+        if self.cache is not None:
+            return self.cache.weight(weight, bias, format)
+        return native.Weight(weight, bias, format)
 
     def __call__(self, x: Tensor, weights: Mapping[str, Any]) -> Tensor:
         """[T, out]."""
