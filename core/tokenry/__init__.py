@@ -10,31 +10,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenry.async_engine import AsyncEngine
     from tokenry.backend.contract import hookimpl
+    from tokenry.beam_search import BeamSearchParams
     from tokenry.config import EngineConfig, ServerConfig
     from tokenry.llm import LLM
     from tokenry.outputs import CompletionOutput, RequestOutput
-    from tokenry.params import SamplingParams
+    from tokenry.params import SamplingParams, Watermark
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncEngine": "tokenry.async_engine",
+    "BeamSearchParams": "tokenry.beam_search",
     "CompletionOutput": "tokenry.outputs",
     "EngineConfig": "tokenry.config",
     "LLM": "tokenry.llm",
     "RequestOutput": "tokenry.outputs",
     "SamplingParams": "tokenry.params",
     "ServerConfig": "tokenry.config",
+    "Watermark": "tokenry.params",
     "hookimpl": "tokenry.backend.contract",
 }
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
     "ServerConfig",
+    "Watermark",
     "hookimpl",
 ]
 

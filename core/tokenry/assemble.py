@@ -153,7 +153,9 @@ def assemble(
         )
     pools_whole = pooling is not None and pooling.method != "last"
     engine = Engine(
-        replace(_limits(config, runner), pools_whole=pools_whole),
+        replace(
+            _limits(config, runner), pools_whole=pools_whole, forks=backend.caps.phases.chunked
+        ),
         runner,
         GrammarCompiler(lambda: _vocabulary(config, path, spec.vocab_size)) if tokens else None,
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from tokenry.backend.discovery import check_installed
+from tokenry.beam_search import BeamSearchOutput, BeamSearchParams, sequences_of
 from tokenry.config import EngineConfig, load
 from tokenry.errors import ConfigError, EngineDead, RequestError
 from tokenry.hub import find_model
@@ -179,6 +180,17 @@ class LLM:
     ) -> list[PooledRequest[PoolingOutput]]:  # fmt: skip
         """What the model computes of each text, be it an embedding or classes; see `embed`."""
         return self._vectors(truncate_prompt_tokens, use_tqdm).encode(prompts, pooling_params)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """Per prompt the `beam_width` best answers that a beam search finds, the best first."""
+        outputs = self.generate(prompts, params.sampling(), use_tqdm=use_tqdm)
+        return [sequences_of(output, self._tokenizer.decode) for output in outputs]
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
