@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from tokenry.api.sampling import Defaults, extras, with_defaults
+from tokenry.api.sampling import Defaults, best_of, extras, with_defaults
 from tokenry.api.shape import ShapeFields, shape_of
 from tokenry.api.wire import convert
 from tokenry.errors import RequestError
@@ -29,20 +29,18 @@ REFUSED = {
     "audio": "this model gives text only",
     "prediction": "predicted outputs are not served",
     "web_search_options": "web search is not served",
-    "suffix": "this model cannot fill in the middle",
     "logits_processors": "logits processors are not served",
     "logits_processor": "logits processors are not served over HTTP",
     "extra_args": "logits processors are not served over HTTP",
     "bad_words_ids": "give the words as bad_words",
-    "guided_decoding_backend": "there is one grammar compiler",
-    "use_beam_search": "beam search is not served",
     "chat_template": "start the server with --chat-template FILE instead",
     "truncate_prompt_tokens": "prompts are never truncated in silence",
     "lora_name": "LoRA adapters are not served yet",
 }
 """Fields that ask for what we cannot give. Null, false and empty ask for nothing."""
 
-_CHAT_ONLY = {
+_ONE_ROUTE = {
+    "suffix": "it is for completions",
     "tools": "tools are for chats",
     "reasoning_effort": "it is for chats",
 }
@@ -60,7 +58,6 @@ HARMLESS: dict[str, type] = {
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
-    "best_of": (1,),
     "detokenize": (True,),
 }
 """Values of these fields that ask for what we do anyway."""
@@ -133,6 +130,7 @@ class CompletionRequest(_Sampling, frozen=True, kw_only=True):
     prompt: Any
     logprobs: int | None = None
     echo: bool | None = None
+    suffix: str | None = None
 
 
 _COPIED = [
@@ -164,9 +162,9 @@ _COPIED = [
 def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, list[str]]:
     """The request, and the fields that mean nothing here (400 for them if `strict`)."""
     _refuse(data)
-    for name in _CHAT_ONLY.keys() & data.keys() - set(kind.__struct_fields__):
+    for name in _ONE_ROUTE.keys() & data.keys() - set(kind.__struct_fields__):
         if data[name]:
-            why = f"{name} cannot be served: {_CHAT_ONLY[name]}."
+            why = f"{name} cannot be served: {_ONE_ROUTE[name]}."
             raise RequestError(why, param=name, code="unsupported")
     meaningless = {*HARMLESS, *REFUSED, *_NEUTRAL}
     request, unknown = decode_known(data, kind, strict=strict, meaningless=meaningless)
@@ -217,6 +215,9 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     """SamplingParams of a chat; without a limit the answer may fill the context."""
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
+    if best_of(request, stream=bool(request.stream)) is not None:
+        text = "best_of is for completions; a chat's n answers are those that are made."
+        raise RequestError(text, param="best_of", code="unsupported")
     limit = request.max_completion_tokens
     _at_least_one("max_completion_tokens", limit)
     _at_least_one("max_tokens", request.max_tokens)
@@ -232,15 +233,21 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
 
 
 def completion_params(request: CompletionRequest, defaults: Defaults) -> SamplingParams:
-    """SamplingParams of a completion; echo with logprobs needs the prompt's, too."""
+    """SamplingParams of a completion; echo with logprobs needs the prompt's, too, and best_of makes
+    more of them and needs their scores.
+    """
     limit = 16 if request.max_tokens is None else request.max_tokens
     if not request.echo:
         _at_least_one("max_tokens", limit)
-    prompt_logprobs = request.prompt_logprobs
-    if request.echo and request.logprobs is not None:
-        prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
-    changed = msgspec.structs.replace(request, prompt_logprobs=prompt_logprobs)
-    return _params(changed, defaults, max_tokens=defaults.limit(limit), logprobs=request.logprobs)
+    prompt_logprobs, logprobs = request.prompt_logprobs, request.logprobs
+    if request.echo and logprobs is not None:
+        prompt_logprobs = max(logprobs, prompt_logprobs or 0)
+    most = best_of(request, stream=bool(request.stream))
+    if most is not None:
+        logprobs = logprobs or 0
+    n = request.n if most is None else most
+    changed = msgspec.structs.replace(request, prompt_logprobs=prompt_logprobs, n=n)
+    return _params(changed, defaults, max_tokens=defaults.limit(limit), logprobs=logprobs)
 
 
 def _at_least_one(name: str, value: int | None) -> None:

@@ -30,6 +30,7 @@ class Tokenize(msgspec.Struct, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
 
@@ -56,8 +57,10 @@ async def tokenize(request: Request) -> Response:
             add_generation_prompt=wanted.add_generation_prompt,
             continue_final_message=wanted.continue_final_message,
             chat_template_kwargs=wanted.chat_template_kwargs,
+            tools=wanted.tools,
         )
-        ids = list((await asyncio.to_thread(render, chat, tokenizer)).token_ids)
+        prompt = await asyncio.to_thread(render, chat, tokenizer, service.answer_format)
+        ids = list(prompt.token_ids)
     elif wanted.prompt is not None:
         special = True if wanted.add_special_tokens is None else wanted.add_special_tokens
         ids = await asyncio.to_thread(tokenizer.encode, wanted.prompt, special)
