@@ -183,7 +183,7 @@ def assemble(
                 None if config.enable_chunked_prefill else config.max_num_batched_tokens
             ),
             max_top_k=backend.caps.sample_max_top_k,
-            priorities=config.scheduling_policy == "priority",
+            priorities=config.scheduling_policy != "fcfs",
             logits_processors=tuple(sorted(processors)),
             tokens=tokens,
             vectors=None if pooling is None else _facts(pooling),

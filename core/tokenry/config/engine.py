@@ -58,7 +58,11 @@ class EngineConfig:
     block_size: int | None = option("tokens per KV block; without it the backend's preferred", None)
     enable_prefix_caching: bool = option("share the KV of equal prompt beginnings", True)
     enable_chunked_prefill: bool = option("let a long prompt take several steps", True)
-    scheduling_policy: Literal["fcfs", "priority"] = option("who is first in the queue", "fcfs")
+    scheduling_policy: Literal["fcfs", "priority", "slo"] = option(
+        "who is first in the queue: the first who came, the most urgent, or who can be served "
+        "within its latency targets",
+        "fcfs",
+    )
     overlap: bool = option("plan step N+1 while step N runs", True)
     enforce_eager: bool = option(
         "run without captured or compiled programs (not on static devices)", False

@@ -6,7 +6,6 @@ owns the requests.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +46,7 @@ def take_tokens(request: Request, token_ids: Sequence[int]) -> Taken:
     return Taken(count=len(token_ids))
 
 
-def event_of(request: Request, **news: object) -> TokensEvent:
+def event_of(request: Request, now_s: float, **news: object) -> TokensEvent:
     """An event with `news`, the request's times, and the scores of its prompt when first told."""
     prompt_logprobs = None
     if request.scores_prompt:
@@ -60,7 +59,7 @@ def event_of(request: Request, **news: object) -> TokensEvent:
         num_preemptions=request.epoch,
         queued_s=request.queued_s,
         scheduled_s=request.scheduled_s,
-        event_s=time.monotonic(),
+        event_s=now_s,
         **news,  # type: ignore[arg-type]  # fields of TokensEvent, named by the callers
     )
 

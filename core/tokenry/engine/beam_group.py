@@ -89,13 +89,14 @@ class BeamGroup:
         request.group = self
         self.members = [request]
 
-    def answer(self, request: Request) -> list[TokensEvent]:
+    def answer(self, request: Request, now_s: float) -> list[TokensEvent]:
         """The events that end the search, with the times of one of its requests."""
         answers = self.search.answers(len(self.ids))
         events = []
         for beam_id, one in zip(self.ids, answers, strict=True):
             event = event_of(
                 request,
+                now_s,
                 token_ids=one.tokens,
                 logprobs=one.scores,
                 finish_reason=one.finish or "length",

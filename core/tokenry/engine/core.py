@@ -9,6 +9,7 @@ or processes.
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -31,13 +32,19 @@ class EngineCore:
     """Owns the scheduler and the steps in flight. Not thread-safe: one thread calls it.
 
     grammars   compiles what answers are bound to; without it such requests are refused.
+    clock      seconds; simulations bring their own.
     """
 
     def __init__(
-        self, limits: EngineLimits, runner: StepRunner, grammars: Grammars | None = None
+        self,
+        limits: EngineLimits,
+        runner: StepRunner,
+        grammars: Grammars | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
-        self._scheduler = Scheduler(limits)
+        self._scheduler = Scheduler(limits, clock)
         self._runner = runner
         self._in_flight: deque[tuple[StepPlan, Future[Waiter]]] = deque()
         self._gate = Gate(grammars)

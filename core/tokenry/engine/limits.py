@@ -22,7 +22,7 @@ class EngineLimits:
     max_num_batched_tokens: int
     prefix_caching: bool = True
     chunked_prefill: bool = True
-    policy: Literal["fcfs", "priority"] = "fcfs"
+    policy: Literal["fcfs", "priority", "slo"] = "fcfs"
     overlap: bool = True
     seed: int = 0
     pools_whole: bool = False

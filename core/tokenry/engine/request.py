@@ -77,6 +77,7 @@ class Request:
     num_cached: int = 0
     epoch: int = 0
     scheduled_s: float = 0.0
+    first_token_s: float = 0.0
     mu: float | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)

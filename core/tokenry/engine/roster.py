@@ -7,14 +7,14 @@ place. Owned by Scheduler; knows nothing of steps.
 from __future__ import annotations
 
 import bisect
-import time
+from collections.abc import Callable
 
 from tokenry.engine.beam_group import BeamGroup
 from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.integrity import check_books
 from tokenry.engine.limits import Counters
+from tokenry.engine.policy import Queue
 from tokenry.engine.request import Request, Status
-from tokenry.engine.waiting import WaitingQueue
 
 
 class Roster:
@@ -25,11 +25,18 @@ class Roster:
     forget    ids that the runner is to forget with the next plan.
     """
 
-    def __init__(self, blocks: BlockManager, counters: Counters) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        counters: Counters,
+        waiting: Queue,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
         self.blocks = blocks
         self.counters = counters
         self.requests: dict[str, Request] = {}
-        self.waiting = WaitingQueue()
+        self.waiting = waiting
         self.running: list[Request] = []
         self.held: dict[str, list[Request]] = {}
         self.groups: dict[str, BeamGroup] = {}
@@ -47,6 +54,20 @@ class Roster:
     def check(self) -> None:
         """Blocks and requests agree. Raises IntegrityError or AssertionError."""
         check_books(self.blocks, self.requests.values(), self.running, self.num_waiting)
+
+    def kv_waste(self) -> float:
+        """Share of the slots in held blocks that no token uses (blocks held by several count
+        once).
+        """
+        size = self.blocks.block_size
+        unused = sum(len(r.block_ids) * size - r.num_computed for r in self.running)
+        return unused / max(1, self.blocks.num_held * size)
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing is found any more; running requests keep their blocks."""
+        self.blocks.reset_prefix_cache()
+        for request in self.running:
+            request.block_hashes = []
 
     def queue(self, request: Request) -> None:
         """It waits for its turn."""
@@ -67,7 +88,7 @@ class Roster:
         request.status = Status.RUNNING
         bisect.insort(self.running, request, key=lambda r: r.key)
         if not request.scheduled_s:
-            request.scheduled_s = time.monotonic()
+            request.scheduled_s = self._clock()
             request.num_cached = min(num_cached, request.num_prompt)
             self.counters.prefix_queries += len(request.tokens)
             self.counters.prefix_hits += num_cached

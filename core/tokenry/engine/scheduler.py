@@ -14,15 +14,13 @@ Therefore:
 - a block is entered in the prefix cache only when the result of the step that filled it is here, so
   a step that failed leaves nothing to be found.
 
-Order: the smallest key first. Under `fcfs` the key is the arrival; under `priority` it is priority
-* AGING_STEPS + the step of arrival: a request of priority p waits like one that arrived
-p * AGING_STEPS steps later, so an endless stream of more urgent requests delays it by a bounded
-number of steps and never starves it.
+Who goes first, and how large a step may be, a `Policy` says.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tokenry.engine.answers import check_length, event_of, take_tokens, too_large
@@ -33,11 +31,10 @@ from tokenry.engine.limits import Counters, EngineLimits
 from tokenry.engine.prefix import enter_blocks, find_prefix, shares_prompt
 from tokenry.engine.request import Request, Status
 from tokenry.engine.roster import Roster
+from tokenry.engine.slo import make_policy
 from tokenry.errors import Refusal, RequestError
 from tokenry.messages import AddRequest, TokensEvent
 from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult
-
-AGING_STEPS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +49,15 @@ class _Planned:
 class Scheduler:
     """Owns every request and the block manager."""
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
+        self._clock = clock
+        self._policy = make_policy(limits)
         self.blocks = BlockManager(
             limits.num_blocks, limits.block_size, prefix_caching=limits.prefix_caching
         )
         self.counters = Counters()
-        self._roster = Roster(self.blocks, self.counters)
+        self._roster = Roster(self.blocks, self.counters, self._policy.queue, clock)
         self._in_flight: dict[int, tuple[_Planned, ...]] = {}
         self._events: list[TokensEvent] = []
         self._arrivals = 0
@@ -73,11 +72,7 @@ class Scheduler:
             raise RequestError(f"Request id {message.request_id!r} is in use.", param="request_id")
         check_length(num_prompt, message.params.max_tokens, limits.max_model_len)
         self._arrivals += 1
-        urgency = (
-            message.priority * AGING_STEPS + self.counters.steps
-            if limits.policy == "priority"
-            else 0
-        )
+        urgency = self._policy.urgency(message.priority, self.counters.steps)
         group = BeamGroup.of(message, limits.max_model_len) if message.params.beam_width else None
         request = Request.from_message(
             message if group is None else group.first,
@@ -85,7 +80,7 @@ class Scheduler:
             key=(urgency, self._arrivals),
             seed=(limits.seed << 32) ^ self._arrivals,
             max_model_len=limits.max_model_len,
-            now_s=time.monotonic(),
+            now_s=self._clock(),
         )
         self._roster.requests[request.request_id] = request
         self.counters.prompt_tokens += num_prompt
@@ -103,22 +98,19 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """End a request now, without an event; whether there was one."""
         group = self._roster.groups.get(request_id)
-        if group is not None:
-            self.counters.aborted += 1
-            self._roster.end_group(group)
-            return True
         request = self._roster.requests.get(request_id)
-        if request is None:
+        if group is not None:
+            self._roster.end_group(group)
+        elif request is not None:
+            self._roster.end(request)
+        else:
             return False
         self.counters.aborted += 1
-        self._roster.end(request)
         return True
 
     def reset_prefix_cache(self) -> None:
         """Forget which blocks hold what; running requests go on."""
-        self.blocks.reset_prefix_cache()
-        for request in self._roster.running:
-            request.block_hashes = []
+        self._roster.reset_prefix_cache()
 
     # ---- a step ------------------------------------------------------------------------------
 
@@ -128,9 +120,13 @@ class Scheduler:
         """
         planned: list[_Planned] = []
         new: list[NewRequest] = []
-        budget, preempted = self._plan_running(planned, new, self.limits.max_num_batched_tokens)
+        running, now_s = self._roster.running, self._clock()
+        budget = self._policy.begin(running, now_s)
+        order, num_first = self._policy.order(running)
+        budget, preempted = self._plan_running(planned, new, order, range(num_first), budget)
         if not preempted:
-            self._plan_waiting(planned, new, budget)
+            budget = self._plan_waiting(planned, new, budget)
+            self._plan_running(planned, new, order, range(num_first, len(order)), budget)
         if not planned:
             stuck = not self._in_flight and self._roster.waiting.head() is not None
             return self.schedule() if stuck and self._roster.end_idle_beam() else None
@@ -143,26 +139,32 @@ class Scheduler:
         )
         self._roster.forget.clear()
         self._in_flight[plan.step] = tuple(planned)
+        self._policy.launched(plan, now_s)
         return plan
 
     def _plan_running(
-        self, planned: list[_Planned], new: list[NewRequest], budget: int
+        self,
+        planned: list[_Planned],
+        new: list[NewRequest],
+        order: Sequence[Request],
+        span: range,
+        budget: int,
     ) -> tuple[int, bool]:
-        """Rows for the running list, in its order; gives what is left of the budget, and if one was
-        preempted.
-        """
+        """Rows for `order[span]`; gives what is left of the budget, and if one was preempted."""
         preempted = False
-        i = 0
-        while i < len(self._roster.running) and budget > 0:
-            request = self._roster.running[i]
+        for i in span:
+            request = order[i]
+            if budget <= 0:
+                break
+            if request.status is not Status.RUNNING:
+                continue  # it gave up its blocks to one before it
             num_new = min(self._gap(request), budget)
             if num_new <= 0:
-                i += 1
                 continue
             before = tuple(request.block_ids)
             block_ids = self._grow(request, num_new)
-            while block_ids is None and self._roster.running[-1] is not request:
-                self._roster.preempt(self._roster.running[-1])
+            while block_ids is None and (victim := _last_running(order, i)) is not None:
+                self._roster.preempt(victim)
                 preempted = True
                 block_ids = self._grow(request, num_new)
             if block_ids is None:
@@ -180,11 +182,12 @@ class Scheduler:
                 new.append(request.introduction(before))
             self._plan_row(planned, request, num_new, block_ids)
             budget -= num_new
-            i += 1
         return budget, preempted
 
-    def _plan_waiting(self, planned: list[_Planned], new: list[NewRequest], budget: int) -> None:
-        """Admit from the queue while sequences, tokens and blocks last; nobody overtakes."""
+    def _plan_waiting(self, planned: list[_Planned], new: list[NewRequest], budget: int) -> int:
+        """Admit from the queue while sequences, tokens and blocks last; nobody overtakes. Gives
+        what is left of the budget.
+        """
         reserved = sum(
             max(0, self.blocks.num_blocks_for(len(r.tokens)) - len(r.block_ids))
             for r in self._roster.running
@@ -214,6 +217,7 @@ class Scheduler:
             new.append(request.introduction(tuple(prefix)))
             self._plan_row(planned, request, num_new, block_ids)
             budget -= num_new
+        return budget
 
     def _gap(self, request: Request) -> int:
         """Tokens that the request could compute now."""
@@ -262,6 +266,7 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> None:
         """Take in the result of a step: tokens, ends, blocks for the prefix cache."""
         planned_rows = self._in_flight.pop(plan.step)
+        self._policy.ended(plan, self._clock())
         sampled_again = {
             id(p.request)
             for later in self._in_flight.values()
@@ -286,6 +291,7 @@ class Scheduler:
     def fail(self, plan: StepPlan, cause: str) -> None:
         """The step raised: its requests end with the cause, everybody else goes on."""
         self.counters.step_failures += 1
+        self._policy.ended(plan, self._clock())
         for planned in self._in_flight.pop(plan.step):
             if planned.request.status is not Status.ENDED:
                 self._fail(planned.request, cause)
@@ -303,6 +309,8 @@ class Scheduler:
             self._take_beam(request.group, request, planned, row)
             return
         taken = take_tokens(request, row.token_ids)
+        if taken.count and not request.first_token_s:
+            request.first_token_s = self._clock()
         finish = taken.finish
         request.mu = request.mu if row.mu is None else row.mu
         self.counters.generation_tokens += taken.count
@@ -313,6 +321,7 @@ class Scheduler:
             enter_blocks(self.blocks, request, done)
         if taken.count or finish:
             if finish is not None:
+                self._policy.answered(request)
                 self._roster.end(request)
             self._emit(
                 request,
@@ -340,7 +349,7 @@ class Scheduler:
         after = group.advance()
         if after is None:
             self._roster.end_group(group)
-            events = group.answer(request)
+            events = group.answer(request, self._clock())
             self.counters.generation_tokens += sum(len(event.token_ids) for event in events)
             self._events += events
             return
@@ -358,7 +367,7 @@ class Scheduler:
             self._roster.end(parent)
 
     def _emit(self, request: Request, **news: object) -> None:
-        self._events.append(event_of(request, **news))
+        self._events.append(event_of(request, self._clock(), **news))
 
     # ---- what others may ask -----------------------------------------------------------------
 
@@ -378,14 +387,14 @@ class Scheduler:
         return self._roster.num_waiting
 
     def kv_waste(self) -> float:
-        """Share of the slots in held blocks that no token uses (blocks held by several count
-        once).
-        """
-        unused = sum(
-            len(r.block_ids) * self.limits.block_size - r.num_computed for r in self._roster.running
-        )
-        return unused / max(1, self.blocks.num_held * self.limits.block_size)
+        """Share of the held KV slots that hold no token."""
+        return self._roster.kv_waste()
 
     def check_integrity(self) -> None:
         """Blocks and requests agree. Raises IntegrityError or AssertionError."""
         self._roster.check()
+
+
+def _last_running(order: Sequence[Request], i: int) -> Request | None:
+    """The least urgent after position i that still holds blocks."""
+    return next((r for r in reversed(order[i + 1 :]) if r.status is Status.RUNNING), None)
