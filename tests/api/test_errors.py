@@ -73,7 +73,7 @@ def test_wrong_chat_field_is_named(toy, change, param):
         ({"prompt": ["a", 5]}, "prompt[1]"),
         ({"prompt": [999999]}, "prompt"),
         ({"suffix": "end"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
         ({"prompt": ["a"] * 1024, "n": 128}, "n"),
     ],
     ids=str,

@@ -5,10 +5,12 @@ evaluation tools use.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -27,9 +29,11 @@ from tokenry.api.service import Service, new_id, service_of
 from tokenry.api.wire import clamp
 from tokenry.errors import RequestError
 from tokenry.outputs import CompletionOutput, Logprob, RequestOutput
+from tokenry.text.infill import Infill
 from tokenry.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
+PromptScores = tuple[dict[int, Logprob] | None, ...]
 
 
 async def completions(request: Request) -> Response:
@@ -41,7 +45,7 @@ async def completions(request: Request) -> Response:
     params = completion_params(wanted, service.defaults)
     service.admit()
     prompts = await asyncio.to_thread(read_prompts, wanted, service.engine.tokenizer)
-    answer = CompletionAnswer(service, wanted, model, params.n, prompts)
+    answer = CompletionAnswer(service, wanted, model, prompts)
     run = Run(service, answer.id)
     run.submit(
         prompts,
@@ -60,7 +64,28 @@ async def completions(request: Request) -> Response:
 
 
 def read_prompts(wanted: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
-    """The prompts of str, [str], [int] or [[int]]."""
+    """The prompts of str, [str], [int] or [[int]]; with a suffix what asks for the middle."""
+    if not wanted.suffix:
+        return _read(wanted, tokenizer)
+    infill = Infill.of(tokenizer)
+    if infill is None:
+        raise RequestError(
+            "suffix cannot be served: this model has no fill-in-the-middle tokens.",
+            param="suffix",
+            code="unsupported",
+        )
+    if wanted.echo:
+        raise RequestError("echo with a suffix would not give the text in order.", param="echo")
+    plain = msgspec.structs.replace(wanted, add_special_tokens=False)
+    begin = [] if wanted.add_special_tokens is False else tokenizer.encode("")
+    suffix = tokenizer.encode(wanted.suffix, add_special_tokens=False)
+    return [
+        Prompt(token_ids=infill.prompt(p.token_ids, suffix, begin), text=p.text, param=p.param)
+        for p in _read(plain, tokenizer)
+    ]
+
+
+def _read(wanted: CompletionRequest, tokenizer: Tokenizer) -> list[Prompt]:
     given = wanted.prompt
     if isinstance(given, str) or (_is_ids(given) and given):
         return [_prompt(given, "prompt", wanted, tokenizer)]
@@ -89,6 +114,18 @@ def _prompt(value: Any, where: str, wanted: CompletionRequest, tokenizer: Tokeni
     raise RequestError(f"{where} must be a string or a list of token ids.", param=where)
 
 
+def best(outputs: Sequence[CompletionOutput], n: int) -> list[CompletionOutput]:
+    """The n with the largest log-probability per token, in this order, where more were made."""
+    if len(outputs) <= n:
+        return list(outputs)
+
+    def score(one: CompletionOutput) -> float:
+        return (one.cumulative_logprob or 0.0) / max(1, len(one.token_ids))
+
+    ranked = sorted(outputs, key=score, reverse=True)[:n]
+    return [dataclasses.replace(one, index=i) for i, one in enumerate(ranked)]
+
+
 class CompletionAnswer:
     """The answer's fixed fields, and its two forms. Choice = prompt * n + completion."""
 
@@ -97,15 +134,15 @@ class CompletionAnswer:
         service: Service,
         wanted: CompletionRequest,
         model: str,
-        n: int,
         prompts: Sequence[Prompt],
     ) -> None:
         self.id = f"cmpl-{wanted.request_id}" if wanted.request_id else new_id("cmpl")
         self._wanted = wanted
-        self._n = n
+        self._n = wanted.n or 1
         self._tokenizer = service.engine.tokenizer
         self._prompts = prompts
         self._offsets: dict[int, int] = {}
+        self._prompt_scores: dict[int, PromptScores] = {}
         self._echoed: set[int] = set()
         self._head = {
             "id": self.id,
@@ -120,7 +157,7 @@ class CompletionAnswer:
         choices = [
             self._choice(i, output, one)
             for i, output in enumerate(outputs)
-            for one in output.outputs
+            for one in best(output.outputs, self._n)
         ]
         return {**self._head, "choices": choices, "usage": usage_of(outputs)}
 
@@ -143,6 +180,8 @@ class CompletionAnswer:
 
     def _choice(self, i: int, output: RequestOutput, one: CompletionOutput) -> dict[str, Any]:
         index = i * self._n + one.index
+        if output.prompt_logprobs is not None:
+            self._prompt_scores[i] = output.prompt_logprobs  # a stream tells them once
         first = index not in self._echoed
         self._echoed.add(index)
         echo = bool(self._wanted.echo) and first
@@ -150,7 +189,7 @@ class CompletionAnswer:
         choice = {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(index, output, one, echo),
+            "logprobs": self._logprobs(index, i, output, one, echo),
             "finish_reason": one.finish_reason,
             "stop_reason": one.stop_reason,
         }
@@ -169,14 +208,14 @@ class CompletionAnswer:
         return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
 
     def _logprobs(
-        self, index: int, output: RequestOutput, one: CompletionOutput, echo: bool
+        self, index: int, i: int, output: RequestOutput, one: CompletionOutput, echo: bool
     ) -> dict[str, Any] | None:
         most = self._wanted.logprobs
         if most is None:
             return None
         entries: list[tuple[int, dict[int, Logprob] | None]] = []
         if echo:
-            known = output.prompt_logprobs or (None,) * len(output.prompt_token_ids)
+            known = self._prompt_scores.get(i) or (None,) * len(output.prompt_token_ids)
             entries += zip(output.prompt_token_ids, known, strict=True)
         if self._more:
             entries += zip(one.token_ids, one.logprobs or (), strict=False)

@@ -22,7 +22,8 @@ class SamplingExtras(msgspec.Struct, frozen=True, kw_only=True):
     """None is the default of `SamplingParams`. repeat_penalty and dry_penalty_last_n are
     llama.cpp's names; dry_sequence_breakers may be a JSON list in a string, as
     text-generation-webui sends it; watermark: true is the server's mark, or the green-list scheme
-    with key 0.
+    with key 0. A beam search has beam_width beams, or best_of, or n as in vLLM; best_of without
+    one is for completions.
     """
 
     typical_p: float | None = None
@@ -41,6 +42,12 @@ class SamplingExtras(msgspec.Struct, frozen=True, kw_only=True):
     no_repeat_ngram_size: int | None = None
     repeat_penalty: float | None = None
     watermark: bool | Watermark | None = None
+    n: int | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
 
 PLAIN = (
@@ -117,8 +124,45 @@ def extras(request: SamplingExtras, defaults: Defaults) -> dict[str, Any]:
             given["dry_multiplier"] = 0.0
         else:
             _alias(given, "dry_range", "dry_penalty_last_n", max(0, last_n))
+    given |= _beams(request)
     mark = _watermark(request.watermark, defaults.watermark)
     return given if mark is None else {**given, "watermark": mark}
+
+
+def _beams(request: SamplingExtras) -> dict[str, Any]:
+    """Fields of a beam search; {} where none is asked for."""
+    if not request.use_beam_search and not request.beam_width:
+        for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(request, name) not in (None, neutral):
+                text = f"{name} needs use_beam_search: true."
+                raise RequestError(text, param=name)
+        return {}
+    if request.use_beam_search is False:
+        text = "beam_width needs use_beam_search: true (or none of the two)."
+        raise RequestError(text, param="beam_width")
+    widths = (request.beam_width, request.best_of, request.n, 1)
+    given: dict[str, Any] = {"beam_width": next(w for w in widths if w is not None)}
+    for name in ("length_penalty", "early_stopping"):
+        if getattr(request, name) is not None:
+            given[name] = getattr(request, name)
+    if given["beam_width"] < 1:
+        raise RequestError("A beam search has 1 beam or more.", param="beam_width")
+    return given
+
+
+def best_of(request: SamplingExtras, *, stream: bool) -> int | None:
+    """How many completions are made for each that is given, None: no more than are given. Raises
+    RequestError where they cannot be compared first.
+    """
+    most, n = request.best_of, request.n or 1
+    if most is None or request.use_beam_search or request.beam_width:
+        return None
+    if most < n:
+        raise RequestError(f"best_of ({most}) must not be below n ({n}).", param="best_of")
+    if most > n and stream:
+        text = "best_of compares finished completions, so it cannot be streamed."
+        raise RequestError(text, param="best_of")
+    return None if most == n else most
 
 
 def _alias(given: dict[str, Any], name: str, alias: str, value: Any) -> None:
@@ -151,5 +195,8 @@ def _watermark(asked: bool | Watermark | None, own: Watermark | None) -> Waterma
 
 
 def with_defaults(given: Mapping[str, Any], defaults: Defaults) -> SamplingParams:
-    """SamplingParams of these fields and the defaults of the others."""
-    return SamplingParams(**{**defaults.values, **given})
+    """SamplingParams of these fields and the defaults of the others; a beam search draws nothing,
+    so defaults of drawing are not for it.
+    """
+    values = {} if given.get("beam_width") else defaults.values
+    return SamplingParams(**{**values, **given})
