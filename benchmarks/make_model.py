@@ -4,8 +4,7 @@
     --vocab 32000]
 
 The defaults have 125 M parameters (the shape of the peer table: untied embeddings, fp32). The
-tokenizer is the
-demo model's, whose 4,096 tokens are the first of the vocabulary.
+tokenizer is the demo model's, with a made-up text for each further id.
 """
 
 from __future__ import annotations
@@ -46,6 +45,15 @@ def weights(args: argparse.Namespace) -> dict[str, np.ndarray]:
         tensors[at + "input_layernorm.weight"] = np.ones(args.hidden, np.float32)
         tensors[at + "post_attention_layernorm.weight"] = np.ones(args.hidden, np.float32)
     return tensors
+
+
+def fill_vocabulary(path: Path, size: int) -> None:
+    """A text for each id up to `size`, so that every token that is drawn shows in a stream."""
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    taken = len(vocabulary) + sum(t["content"] not in vocabulary for t in tokenizer["added_tokens"])
+    vocabulary.update({f"t{i}": i for i in range(taken, size)})
+    path.write_text(json.dumps(tokenizer))
 
 
 def main() -> None:
@@ -93,6 +101,7 @@ def main() -> None:
         "generation_config.json",
     ):
         shutil.copy(find_model("demo") / name, args.dir / name)
+    fill_vocabulary(args.dir / "tokenizer.json", args.vocab)
     count = sum(t.size for t in tensors.values())
     print(f"{args.dir}: {count / 1e6:.0f} M parameters, {count * 4 / 2**20:.0f} MiB")
 
