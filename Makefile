@@ -8,7 +8,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 # a thread that waits for work must not burn a core that another process needs
 TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: serve test lint quick slow bench bench-cpu sanitize xla docs clean
+.PHONY: serve test lint quick slow bench bench-cpu sanitize xla test-clients test-lm-eval docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -58,6 +58,19 @@ build/xla/installed:
 	build/xla/venv/bin/pip install -q --no-build-isolation --no-deps -e plugins/cpu -e plugins/neuron
 	@touch $@
 
+# official clients against a demo server: a matrix of checks and clients at the end
+test-clients: $(VENV)/clients
+	$(TEST) tests/clients $(ARGS)
+
+# the evaluation harness has a venv of its own (a GB: pandas, scipy, pyarrow), so CI leaves it out
+test-lm-eval: $(VENV)/dev build/lm-eval/installed
+	$(TEST) tests/clients/lm_eval/test_lm_eval.py $(ARGS)
+
+build/lm-eval/installed:
+	$(PYTHON) -m venv build/lm-eval/venv
+	build/lm-eval/venv/bin/pip install -q "lm_eval[api]==0.4.13"
+	@touch $@
+
 docs: $(VENV)/dev
 	$(BIN)/python docs/generate.py
 
@@ -78,4 +91,9 @@ $(VENV)/serve: $(VENV)/pip pyproject.toml plugins/cpu/pyproject.toml demo/pyproj
 $(VENV)/dev: $(VENV)/serve
 	@echo "tokenry: installing what the tests need (about a minute)"
 	@$(INSTALL) --no-build-isolation -e '.[bench,dev,otel,hf]' -e plugins/hpu -e plugins/neuron
+	@touch $@
+
+$(VENV)/clients: $(VENV)/dev
+	@echo "tokenry: installing the clients that are tested against (about a minute)"
+	@$(INSTALL) --no-build-isolation -e '.[clients]'
 	@touch $@

@@ -152,11 +152,13 @@ def test_c19_openai_one_end_per_choice_and_usage_last(openai_client):
     assert all(chunk.usage is None for chunk in chunks[:-1])
     without = list(openai_client.chat.completions.create(**asked))
     assert all(chunk.choices for chunk in without)
-    with openai_client.chat.completions.stream(
-        **ASKED, max_tokens=4, stream_options={"include_usage": True}
-    ) as helper:
-        with pytest.raises(openai.LengthFinishReasonError):
-            helper.until_done().get_final_completion()
+    with (
+        openai_client.chat.completions.stream(
+            **ASKED, max_tokens=4, stream_options={"include_usage": True}
+        ) as helper,
+        pytest.raises(openai.LengthFinishReasonError),
+    ):
+        helper.until_done().get_final_completion()
 
 
 def test_c20_openai_deltas_join_to_the_whole_text(openai_client):

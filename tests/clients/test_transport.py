@@ -45,9 +45,9 @@ def test_c02_openai_without_the_key_is_a_401_on_every_path(start_server):
         if not path.startswith(("/v1/messages", "/generate", "/chat_tokenize")) and path != "/":
             assert error["error"]["code"] == "invalid_api_key", path
     assert server.http.options("/v1/chat/completions").status_code != 401
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0) as wrong:
-        with pytest.raises(openai.AuthenticationError):
-            wrong.models.list()
+    wrong = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
     with openai.OpenAI(base_url=server.url + "/v1", api_key="secret") as right:
         assert right.chat.completions.create(**CHAT).choices
     as_anthropic = server.http.post(
@@ -111,9 +111,9 @@ def test_c06_openai_overload_is_a_503_that_says_when_to_come_back(start_server):
     with server.http.stream("POST", "/v1/chat/completions", json=long) as busy:
         lines = busy.iter_lines()
         next(lines)
-        with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
-            with pytest.raises(openai.InternalServerError) as raised:
-                client.chat.completions.create(**CHAT)
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+        with client, pytest.raises(openai.InternalServerError) as raised:
+            client.chat.completions.create(**CHAT)
     assert raised.value.status_code == 503
     assert int(raised.value.response.headers["retry-after"]) >= 1
     assert int(raised.value.response.headers["retry-after-ms"]) >= 1000
