@@ -1,5 +1,5 @@
 """The command line: serve, generate, chat, devices, compile, bench, conform, buckets, plan, keys,
-version.
+doctor, version.
 
 In: argv, a YAML file, TOKENRY_* variables. Out: an exit code: 0, 1 (it failed) or 2 (it was called
 wrongly). An error is one cause and its mend on stderr. Each command imports what it needs when it
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except TokenryError as error:
+        _note_failure(args, given, error)
         if environment("TOKENRY_LOG_LEVEL") == "debug":
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has seen enough
         return 0
+    except (ImportError, RuntimeError, MemoryError) as error:
+        _note_failure(args, given, error)
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
@@ -98,8 +102,8 @@ def _parser(args: Sequence[str]) -> argparse.ArgumentParser:
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="*", metavar="model",
-        help="directory, hub id or installed model ('demo'); each of several gets an engine process "
-        "of its own, and requests are routed by their `model`",
+        help="directory, hub id or installed model ('demo'); each of several gets an engine "
+        "process of its own, and requests are routed by their `model`",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these options")
     add_arguments(parser, ServerConfig)
@@ -257,6 +261,20 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     import_module("tokenry.bench.quality").add_arguments(parser)
 
 
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    from importlib import import_module
+
+    import_module("tokenry.doctor").add_arguments(parser)
+
+
+def _note_failure(args: Sequence[str], given: argparse.Namespace, error: BaseException) -> None:
+    """Of a start, for `tokenry doctor`."""
+    if given.run in (_serve, _generate, _compile):
+        from tokenry.doctor import remember
+
+        remember(["tokenry", *args], error)
+
+
 def _keys_options(parser: argparse.ArgumentParser) -> None:
     from importlib import import_module
 
@@ -303,6 +321,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "buckets": ("which programs a device would get, and their padding", _buckets_options),
     "plan": ("does a model fit on a device, from its config.json alone", _plan_options),
     "quantize": ("what quantised weights cost in quality, on a text", _quantize_options),
+    "doctor": (
+        "what was found, what was refused and why, and the last failed start",
+        _doctor_options,
+    ),
     "keys": ("API keys: add, list, remove", _keys_options),
     "watermark": ("does a text carry a mark made with a key", _watermark_options),
     "version": ("print the version", _version_options),

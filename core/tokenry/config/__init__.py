@@ -16,6 +16,7 @@ from tokenry.config.load import (
     check_file_keys,
     environment,
     load,
+    our_variables,
 )
 from tokenry.config.server import ServerConfig
 from tokenry.config.values import flag_of
@@ -31,4 +32,5 @@ __all__ = [
     "environment",
     "flag_of",
     "load",
+    "our_variables",
 ]

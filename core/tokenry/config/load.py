@@ -111,6 +111,13 @@ def _of_plugin(variable: str) -> bool:
     return any(variable.startswith(f"{ENV_PREFIX}{name.upper()}_") for name in installed)
 
 
+def our_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Names of the TOKENRY_* variables that are set; raises ConfigError for one that is none."""
+    environ = os.environ if environ is None else environ
+    _check_variables(environ)
+    return sorted(name for name in environ if name.startswith(ENV_PREFIX))
+
+
 def check_file_keys(file: str) -> None:
     """Every key of the YAML file belongs to some config; raises ConfigError with the nearest name
     otherwise.
