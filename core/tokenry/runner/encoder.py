@@ -138,7 +138,7 @@ class EncoderRunner:
         progress(phase, 0.0)
         self._programs.warm_up(
             self._blank,
-            lambda batch: self._fetch(self._programs.run(batch)),
+            self._try,
             lambda share: progress(phase, share),
         )
         if always and not self._caps.shapes.static:
@@ -146,11 +146,12 @@ class EncoderRunner:
             for length in (longest, RUNGS[0][1]):
                 seqs = min(max(1, self._extent.max_tokens // length), self._extent.max_seqs)
                 bucket = Bucket("prefill", seqs, seqs * length, 0)
-                self._fetch(self._programs.run(self._blank(bucket)))
+                self._try(self._blank(bucket))
         self._backend.synchronize()
 
-    def _fetch(self, output: Tensor) -> None:
-        self._backend.fetch([output])()
+    def _try(self, batch: StepBatch) -> None:
+        """As a step does it, so that a device that compiles knows all of it."""
+        self._backend.fetch([self._programs.run(batch).clone()])()
 
     def _blank(self, bucket: Bucket) -> StepBatch:
         """Texts as long as the bucket allows."""

@@ -1,9 +1,11 @@
 """From hidden rows to vectors: what ModelRunner does for requests that end with one.
 
 In: a launch's output and the states of its requests. Out: tensors to be fetched, and from the
-fetched arrays the vector of each row. The last row of a text comes out of any launch; for the mean,
-or the first row, a text is computed as for prompt log-probabilities: alone in its launches, every
-row wanted. Knows nothing of models: what follows the pooling is a `PooledHead`.
+fetched arrays the vector of each text. The last row of a text comes out of any launch; for the
+mean, or the first row, a text is computed as for prompt log-probabilities: alone in its launches,
+every row wanted. On the device nothing but a copy of the rows is made, whatever the step, so a
+device that compiles knows it from the warm-up; the rest is done on the host. Knows nothing of
+models: what follows the pooling is a `PooledHead`.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenry.backend.base import Backend
 from tokenry.plan import RowResult, StepResult
 from tokenry.pooling import PoolingParams
 from tokenry.runner.requests import RequestState
-from tokenry.runner.results import PartialStep, PooledRow
-from tokenry.runner.shapes import Launch, Share
+from tokenry.runner.results import PartialStep, PooledRows
+from tokenry.runner.shapes import Launch
 
 Floats = NDArray[np.float32]
 NAN_ROW = (
@@ -61,63 +64,50 @@ class Pooler:
         """What the sampler gets; None: the model gives no tokens."""
         return output[:, self._hidden :].contiguous() if self._tokens else None
 
+    def try_out(self, output: Tensor, backend: Backend) -> Tensor | None:
+        """The logits, after what `take` does on the device."""
+        backend.fetch([self._rows(output)])()
+        return self.logits(output)
+
     def take(
         self, launch: Launch, states: Sequence[RequestState], output: Tensor, partial: PartialStep
     ) -> Tensor | None:
-        """Note the texts that end with this launch; its logits, None where nobody draws."""
-        partial.pooled += self._ends(launch, states, output[:, : self._hidden], partial.tensors)
-        draws = any(state.pooling is None for state in states)
-        return self.logits(output) if draws else None
+        """Note the rows that texts need of this launch; its logits, None where nobody draws."""
+        at, needed = len(partial.tensors), len(partial.pooled)
+        for i, (share, state) in enumerate(zip(launch.shares, states, strict=True)):
+            ends = share.start + share.count == state.num_prompt
+            if state.pooling is not None and (ends or launch.scored):
+                count = share.count if launch.scored else 1
+                partial.pooled.append(
+                    PooledRows(state=state, row=share.row, at=at, first=i, count=count, ends=ends)
+                )
+        if len(partial.pooled) > needed:
+            partial.tensors.append(self._rows(output))
+        return self.logits(output) if any(state.pooling is None for state in states) else None
 
-    def _ends(
-        self, launch: Launch, states: Sequence[RequestState], hidden: Tensor, tensors: list[Tensor]
-    ) -> list[PooledRow]:
-        """What the vectors are made of is added to `tensors`."""
-        if launch.scored:
-            share, state = launch.shares[0], states[0]
-            if state.pooling is None:
-                return []
-            return self._add(share, state, state.pooling, hidden, tensors)
-        at = len(tensors)
-        ends = [
-            PooledRow(params=state.pooling, row=share.row, at=at, i=i)
-            for i, (share, state) in enumerate(zip(launch.shares, states, strict=True))
-            if state.pooling is not None and share.start + share.count == state.num_prompt
-        ]
-        if ends:  # a copy: a replayed program writes its next output to the same place
-            tensors.append(hidden.clone())
-        return ends
-
-    def _add(
-        self, share: Share, state: RequestState, params: PoolingParams, hidden: Tensor,
-        tensors: list[Tensor],
-    ) -> list[PooledRow]:  # fmt: skip
-        """Rows [start, start + count) of one text, the whole launch."""
-        if self.head.method == "mean":
-            total = hidden[: share.count].sum(0, keepdim=True)
-            state.pooled = total if state.pooled is None else state.pooled + total
-        elif share.start == 0:
-            state.pooled = hidden[:1].clone()
-        if share.start + share.count < state.num_prompt or state.pooled is None:
-            return []
-        tensors.append(state.pooled)
-        factor = 1.0 / state.num_prompt if self.head.method == "mean" else 1.0
-        at = len(tensors) - 1
-        return [PooledRow(params=params, row=share.row, at=at, i=0, factor=factor)]
+    def _rows(self, output: Tensor) -> Tensor:
+        """A copy: a replayed program writes its next output to the same place."""
+        return output[:, : self._hidden].clone()
 
     def complete(
-        self,
-        result: StepResult,
-        pooled: Sequence[PooledRow],
-        arrays: Sequence[NDArray[Any]],
+        self, result: StepResult, partial: PartialStep, arrays: Sequence[NDArray[Any]]
     ) -> StepResult:
         """The result with the vectors in their rows; arrays: the step's fetched tensors."""
         rows = list(result.rows)
-        for one in pooled:
-            row = rows[one.row]
-            if row.error is None:
-                values = arrays[one.at][one.i] * np.float32(one.factor)
-                rows[one.row] = pooled_result(row.request_id, self.head, values, one.params)
+        for one in partial.pooled:
+            new = arrays[one.at][one.first : one.first + one.count]
+            state, row = one.state, rows[one.row]
+            if self.head.method == "mean":
+                total = new.sum(0, dtype=np.float64)
+                state.pooled = total if state.pooled is None else state.pooled + total
+            elif self.head.method == "last":
+                state.pooled = new[-1]
+            elif state.pooled is None:
+                state.pooled = new[0]
+            if one.ends and row.error is None and state.pooling is not None:
+                divisor = state.num_prompt if self.head.method == "mean" else 1
+                values = (state.pooled / divisor).astype(np.float32)
+                rows[one.row] = pooled_result(row.request_id, self.head, values, state.pooling)
         return StepResult(step=result.step, rows=tuple(rows))
 
 

@@ -7,8 +7,10 @@ only; `feedback` says where, until the host learns it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
 from tokenry.backend.contract import IntArray
 from tokenry.errors import Refusal
@@ -29,7 +31,7 @@ class RequestState:
     num_scores likely tokens to report with each drawn one, None: no log-probabilities.
     mu         mirostat's bound after the last known token, None before the first.
     pooling    what vector it ends with, None if it gives tokens.
-    pooled     sum of its hidden rows so far, or its first, where not only the last is pooled.
+    pooled     its pooled row so far (for the mean the sum); written where results are waited for.
     refused    why this device cannot serve the request, None if it can.
     """
 
@@ -58,7 +60,7 @@ class RequestState:
         if new.num_candidates:
             self.num_scores = max(self.params.logprobs or 0, new.num_candidates)
         self.pooling = new.pooling
-        self.pooled: Tensor | None = None
+        self.pooled: NDArray[Any] | None = None
 
     def learn(self, token_ids: tuple[int, ...], mu: float | None = None) -> None:
         """The host now knows the next tokens, and mirostat's bound after them."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tokenry.errors import Refusal
 from tokenry.plan import RowResult, StepPlan, StepResult, TokenLogprobs
-from tokenry.pooling import PoolingParams
 from tokenry.runner.requests import RequestState
 from tokenry.runner.sampler import LOGITS_BROKEN, Sampled
 from tokenry.runner.sampling.draw import Draw
@@ -72,14 +71,17 @@ class _Steered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PooledRow:
-    """A row of the plan whose vector is made of row `i` of tensor `at`, times `factor`."""
+class PooledRows:
+    """Hidden rows of a text that become part of its vector: `count` rows of tensor `at`, from
+    `first` on. row: of the plan; ends: the text's last rows.
+    """
 
-    params: PoolingParams
+    state: RequestState
     row: int
     at: int
-    i: int
-    factor: float = 1.0
+    first: int
+    count: int
+    ends: bool
 
 
 class PartialStep:
@@ -94,7 +96,7 @@ class PartialStep:
         self._sampled: list[_Rows] = []
         self._scored: list[_Scored] = []
         self._steered: list[_Steered] = []
-        self.pooled: list[PooledRow] = []
+        self.pooled: list[PooledRows] = []
         self.tensors: list[Tensor] = []
 
     def fail(self, request_id: str, error: str | Refusal) -> None:

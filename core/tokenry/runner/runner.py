@@ -230,7 +230,7 @@ class ModelRunner:
         return to_device(host, self._backend)[0]
 
     def _execute(self, logits: Tensor, batch: StepBatch) -> None:
-        drawn = logits if self._pooler is None else self._pooler.logits(logits)
+        drawn = logits if self._pooler is None else self._pooler.try_out(logits, self._backend)
         if drawn is not None:
             try_draws(self._sampler, self._backend, drawn, batch)
 
@@ -395,6 +395,6 @@ class ModelRunner:
             self._lessons.extend(outcome.lessons)
             if self._pooler is None:
                 return outcome.result
-            return self._pooler.complete(outcome.result, partial.pooled, arrays)
+            return self._pooler.complete(outcome.result, partial, arrays)
 
         return result
