@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenry.llm import LLM
     from tokenry.outputs import CompletionOutput, RequestOutput
     from tokenry.params import SamplingParams, Watermark
+    from tokenry.structured import StructuredOutputs
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "RequestOutput": "tokenry.outputs",
     "SamplingParams": "tokenry.params",
     "ServerConfig": "tokenry.config",
+    "StructuredOutputs": "tokenry.structured",
     "Watermark": "tokenry.params",
     "hookimpl": "tokenry.backend.contract",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ServerConfig",
+    "StructuredOutputs",
     "Watermark",
     "hookimpl",
 ]

@@ -45,7 +45,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
     json                 a JSON schema, as an object or as its text.
     json_object          any JSON object.
-    regex                a regular expression (Rust's dialect: no look-around) for the whole answer.
+    regex                a regular expression for the whole answer, in Rust's dialect: no look-around
+                         and no back references; \\d is 0 to 9 only.
     choice               the answer is one of these texts.
     grammar              Lark in llguidance's dialect, or EBNF/GBNF (rules with `::=`, from `root`).
     whitespace_pattern   regular expression of the whitespace between JSON's tokens; without it up

@@ -51,7 +51,7 @@ def _body(wanted: StructuredOutputs) -> dict[str, Any]:
     if wanted.json is not None or wanted.json_object:
         return {"name": "body", "json_schema": _schema(wanted)}
     if wanted.regex is not None:
-        lark = f"start: /{regex_to_lark(_unanchored(wanted.regex), use_ascii='')}/"
+        lark = f"start: /{regex_to_lark(_unanchored(wanted.regex), use_ascii='d')}/"
     elif wanted.choice is not None:
         lark = "start: CHOICE\nCHOICE: " + " | ".join(
             quoted(text) for text in dict.fromkeys(wanted.choice)

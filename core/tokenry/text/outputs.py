@@ -254,14 +254,15 @@ class RequestState:
     def _output(self, child: _Completion, news: CompletionOutput) -> RequestOutput | None:
         outputs: tuple[CompletionOutput, ...]
         prompt_logprobs = self._prompt_logprobs
+        told = news.token_ids or news.text or news.finished
         if self._kind == "delta":
             outputs = (news,)
             if self._prompt_logprobs_told:
                 prompt_logprobs = None
             self._prompt_logprobs_told = self._prompt_logprobs is not None
-            if not news.token_ids and not news.text and not news.finished:
+            if not told:
                 return None
-        elif self._kind == "final" and not self.finished:
+        elif not told or (self._kind == "final" and not self.finished):
             return None
         else:
             outputs = tuple(c.whole() for c in self._children)

@@ -15,8 +15,9 @@ from tokenry.text.tools_scan import AnswerOnly, CallBegin, JsonCall, Marks, Piec
 class Mistral(AnswerOnly):
     """[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...] or [TOOL_CALLS]name[ARGS]{...}."""
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, marks: Marks, known: frozenset[str]) -> None:
         self._scanner = Scanner(marks)
+        self._known = known  # a name without arguments may be one that was cut
         self._prose = Prose()
         self._index = 0
         self._mode = "prose"
@@ -33,7 +34,7 @@ class Mistral(AnswerOnly):
         pieces = self._read(self._scanner.flush())
         if self._raw is not None:
             pieces += self._raw.close()
-        elif self._mode == "head" and self._head.strip():
+        elif self._mode == "head" and self._head.strip() in self._known:
             pieces += self._begin_raw()
             pieces += self._close()
         return joined([*pieces, *self._prose.flush()])
@@ -112,8 +113,9 @@ class DeepSeek(AnswerOnly):
 
     CALL, SEP, END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 
-    def __init__(self, marks: Marks) -> None:
+    def __init__(self, marks: Marks, known: frozenset[str]) -> None:
         self._scanner = Scanner(marks)
+        self._known = known  # a name without arguments may be one that was cut
         self._prose = Prose()
         self._index = 0
         self._mode = "prose"
@@ -173,7 +175,7 @@ class DeepSeek(AnswerOnly):
 
     def _close(self) -> list[Piece]:
         pieces: list[Piece] = []
-        if self._mode == "name" and self._head.strip():
+        if self._mode == "name" and self._head.strip() in self._known:
             pieces += self._begin()
         raw, self._raw = self._raw, None
         return pieces if raw is None else [*pieces, *raw.close()]
