@@ -23,10 +23,10 @@ from tokenry.errors import ConfigError
 from tokenry.grammar.compiler import GrammarCompiler, Vocabulary
 from tokenry.hub import find_model
 from tokenry.messages import Ready, RequestLimits, Stats
-from tokenry.models.config import read_config
+from tokenry.models.config import ENCODERS, read_config
 from tokenry.models.generation import sampling_defaults, told
 from tokenry.models.head import Head, PoolingPlan
-from tokenry.models.pooling import ENCODERS, generates, plan_pooling, served_len
+from tokenry.models.pooling import generates, plan_pooling, served_len
 from tokenry.models.registry import load_spec, pick_dtype
 from tokenry.params import NEEDS_LOGITS
 from tokenry.pooling import PoolingFacts

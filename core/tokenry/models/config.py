@@ -39,6 +39,8 @@ UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """By model_type: values that published files leave out because they are transformers' defaults."""
 DTYPES = ("float32", "float16", "bfloat16")
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+"""Beginnings of the names of architectures that see a text from both sides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenry.errors import ConfigError, ModelLoadError
-from tokenry.models.config import ModelConfig, read_json
+from tokenry.models.config import ENCODERS, ModelConfig, read_json
 from tokenry.models.encoder import Method
 from tokenry.models.head import ACTIVATIONS, HeadLayer, PoolingPlan
 
@@ -79,10 +79,6 @@ def _kind(architecture: str) -> Literal["causal", "headless", "encoder", "classi
     return (
         "headless" if architecture.endswith("Model") and "LMHead" not in architecture else "causal"
     )
-
-
-ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
-"""Beginnings of the names of architectures that see a text from both sides."""
 
 
 def _check_task(architecture: str, kind: str, task: str, method: str) -> None:

@@ -17,13 +17,13 @@ from tokenry.backend.base import StepFn, WeightIter
 from tokenry.backend.contract import Caps
 from tokenry.backend.ops import OpTable
 from tokenry.errors import ModelLoadError, UnknownArchitecture
-from tokenry.models.config import ModelConfig, read_config
+from tokenry.models.config import ENCODERS, ModelConfig, read_config
 from tokenry.models.decoder import Decoder, DecoderPlan, Gives, decoder_step
 from tokenry.models.encoder_spec import load_encoder
 from tokenry.models.foreign import check_fields
 from tokenry.models.head import PoolingPlan
 from tokenry.models.layers import Loader
-from tokenry.models.pooling import ENCODERS, served_len
+from tokenry.models.pooling import served_len
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
 
 NATIVE: Mapping[str, str] = {

@@ -95,9 +95,9 @@ def find_device_of(config: EngineConfig, figures: str | None) -> Device:
     largest step that the engine can ask of it.
     """
     from tokenry.hub import find_model
-    from tokenry.models.config import read_config
+    from tokenry.planning.parameters import decoder_config
 
-    model = read_config(find_model(config.model, config.revision))
+    model = decoder_config(find_model(config.model, config.revision))
     name, caps, room = _opened(config) if figures is None else _planned(config, model, figures)
     block_size = config.block_size or caps.block_sizes[0]
     if block_size not in caps.block_sizes:

@@ -8,11 +8,25 @@ tests compare with the shapes that the models room builds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from tokenry.models.config import ModelConfig
+from tokenry.errors import ConfigError
+from tokenry.models.config import ENCODERS, ModelConfig, read_config
 
 Split = Literal["all", "kv_heads", "none"]
+
+
+def decoder_config(path: Path) -> ModelConfig:
+    """The config of a decoder. Raises ConfigError for an encoder, which has no KV cache to plan."""
+    model = read_config(path)
+    if model.architecture.startswith(ENCODERS):
+        raise ConfigError(
+            f"{model.architecture} is a bidirectional encoder: it has no KV cache and no decode "
+            "steps to plan.",
+            mend="tokenry serve, or tokenry embed, shows what it takes",
+        )
+    return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 from tokenry.errors import ConfigError, ModelLoadError, TokenryError
-from tokenry.models.config import ModelConfig, read_config
+from tokenry.models.config import ModelConfig
 from tokenry.planning.devices import find_device
 from tokenry.planning.ledger import ITEM_BYTES, Limits, Plan, make_plan
+from tokenry.planning.parameters import decoder_config
 
 GIB = 2**30
 
@@ -60,10 +61,10 @@ def _read_model(name: str) -> ModelConfig:
     if path.is_file():
         if path.name != "config.json":
             raise ModelLoadError(f"{name} is not a config.json.", mend="tokenry plan DIR")
-        return read_config(path.parent)
+        return decoder_config(path.parent)
     from tokenry.hub import find_model
 
-    return read_config(find_model(name))
+    return decoder_config(find_model(name))
 
 
 def _limits(args: argparse.Namespace, model: ModelConfig) -> Limits:
