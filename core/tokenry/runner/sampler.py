@@ -69,17 +69,17 @@ class Sampler:
         self._device = device
         self._eos = tuple(eos_token_ids)
         self._factories = processors
+        self._greedy: dict[int, SampleInputs] = {}
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw | None]) -> Sampled:
         """Draw for the rows that have a Draw (the others' results mean nothing)."""
-        # the maximum is NaN if any logit is
-        broken = (~torch.isfinite(logits.amax(-1))).to(torch.uint8) * LOGITS_BROKEN
+        broken = _not_finite(logits, LOGITS_BROKEN)
         adjusted = self._adjust(logits, draws)
         errors = self._process(adjusted, draws)
         masks = [None if d is None else d.mask for d in draws]
         errors |= apply_masks(adjusted, masks, self._device)
         if adjusted is not logits:
-            broken |= (~torch.isfinite(adjusted.amax(-1))).to(torch.uint8) * NOTHING_LEFT
+            broken |= _not_finite(adjusted, NOTHING_LEFT)
         self._narrow(adjusted, draws)
         steered = [(i, d) for i, d in enumerate(draws) if d is not None and d.params.mirostat]
         steered = [(i, d) for i, d in steered if not d.params.greedy]
@@ -104,9 +104,10 @@ class Sampler:
         """What the op needs. The rows that were narrowed are filtered already; in those that a
         watermark draws the token is the one with the largest logit.
         """
-        live = [d for d in draws if d is not None]
         greedy = [d is None or d.params.greedy or i in marked for i, d in enumerate(draws)]
-        all_greedy = all(greedy)
+        if all(greedy):
+            return self._all_greedy(len(draws))
+        live = [d for d in draws if d is not None]
         filtered = [(d, narrows(d.params)) for d in live]
         any_filter = any(
             d.params.top_k > 0 or d.params.top_p < 1 or d.params.min_p > 0
@@ -117,15 +118,14 @@ class Sampler:
         floats = np.zeros((4, n), np.float32)
         floats[1] = 1.0
         top_k = np.zeros(n, np.int32)
-        if not all_greedy:
-            rows = [i for i, d in enumerate(draws) if d is not None]
-            floats[0, rows] = [
-                0.0 if greedy[i] else d.params.temperature for i, d in zip(rows, live, strict=True)
-            ]
-            floats[1, rows] = [1.0 if done else d.params.top_p for d, done in filtered]
-            floats[2, rows] = [0.0 if done else d.params.min_p for d, done in filtered]
-            floats[3, rows] = uniforms([d.seed for d in live], [d.position for d in live])
-            top_k[rows] = [0 if done else max(0, d.params.top_k) for d, done in filtered]
+        rows = [i for i, d in enumerate(draws) if d is not None]
+        floats[0, rows] = [
+            0.0 if greedy[i] else d.params.temperature for i, d in zip(rows, live, strict=True)
+        ]
+        floats[1, rows] = [1.0 if done else d.params.top_p for d, done in filtered]
+        floats[2, rows] = [0.0 if done else d.params.min_p for d, done in filtered]
+        floats[3, rows] = uniforms([d.seed for d in live], [d.position for d in live])
+        top_k[rows] = [0 if done else max(0, d.params.top_k) for d, done in filtered]
         packed = torch.from_numpy(floats).to(self._device, non_blocking=True)
         return SampleInputs(
             temperature=packed[0],
@@ -133,9 +133,24 @@ class Sampler:
             min_p=packed[2],
             uniform=packed[3],
             top_k=torch.from_numpy(top_k).to(self._device, non_blocking=True),
-            all_greedy=all_greedy,
+            all_greedy=False,
             any_filter=any_filter,
         )
+
+    def _all_greedy(self, rows: int) -> SampleInputs:
+        """Made once for a number of rows: the op reads nothing but the flag."""
+        if rows not in self._greedy:
+            zeros = torch.zeros(rows, device=self._device)
+            self._greedy[rows] = SampleInputs(
+                temperature=zeros,
+                top_p=torch.ones(rows, device=self._device),
+                min_p=zeros,
+                uniform=zeros,
+                top_k=torch.zeros(rows, dtype=torch.int32, device=self._device),
+                all_greedy=True,
+                any_filter=False,
+            )
+        return self._greedy[rows]
 
     def _adjust(self, logits: Tensor, draws: Sequence[Draw | None]) -> Tensor:
         """Logits with every row's own rules applied; the tensor itself where no row has any."""
@@ -164,3 +179,9 @@ class Sampler:
     def make_processor(self, params: SamplingParams) -> LogitsProcessor:
         """The request's own processor, so that it may keep a state. Raises RequestError."""
         return make_processor(self._factories, params)
+
+
+def _not_finite(logits: Tensor, flag: int) -> Tensor:
+    """[R] uint8: `flag` where a row's largest logit is infinite, or NaN (as it is if any is)."""
+    top = logits.amax(-1)
+    return (top - top != 0).to(torch.uint8) * flag

@@ -51,6 +51,8 @@ def add_gumbel(out: Tensor, draws: Sequence[tuple[int, Draw]]) -> None:
     """Aaronson's scheme: the largest of these logits is the token with the largest r ** (1 / p), p
     the distribution that the row would draw from; in place.
     """
+    if not draws:
+        return
     tokens = np.arange(out.shape[-1])
     for i, draw in draws:
         mark = draw.params.watermark
