@@ -40,6 +40,7 @@ class SamplingExtras(msgspec.Struct, frozen=True, kw_only=True):
     dry_penalty_last_n: int | None = None
     dry_sequence_breakers: list[str] | str | None = None
     no_repeat_ngram_size: int | None = None
+    repetition_penalty: float | None = None
     repeat_penalty: float | None = None
     watermark: bool | Watermark | None = None
     n: int | None = None
@@ -113,6 +114,8 @@ def watermark_of(config: ServerConfig) -> Watermark | None:
 def extras(request: SamplingExtras, defaults: Defaults) -> dict[str, Any]:
     """Fields of SamplingParams that the request's extras set. Raises RequestError."""
     given = {name: value for name in PLAIN if (value := getattr(request, name)) is not None}
+    if request.repetition_penalty is not None:
+        given["repetition_penalty"] = request.repetition_penalty
     _alias(given, "repetition_penalty", "repeat_penalty", request.repeat_penalty)
     _breakers(given, request.dry_sequence_breakers)
     last_n = request.dry_penalty_last_n
