@@ -86,7 +86,8 @@ def _any_batch():
 def test_a_start_does_not_import_the_compiler_of_torch():
     code = (
         "import sys; from tokenry import LLM\n"
-        "with LLM('demo', backend='cpu', max_model_len=64, progress=False) as llm: llm.generate('a')\n"
+        "with LLM('demo', backend='cpu', max_model_len=64, progress=False) as llm:\n"
+        "    llm.generate('a')\n"
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
