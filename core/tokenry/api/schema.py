@@ -7,7 +7,7 @@ nothing is dropped in silence.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -21,6 +21,7 @@ from tokenry.params import SamplingParams
 R = TypeVar("R", bound="_Sampling")
 T = TypeVar("T", bound=msgspec.Struct)
 MAX_STOPS = 64
+MAX_STOP_CHARS = 4096
 _Priority = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
 REFUSED = {
@@ -183,7 +184,7 @@ def decode_known(
     """The struct, and the fields that it does not have, without the `meaningless` ones (400 if
     `strict`).
     """
-    known = {f.name for f in msgspec.structs.fields(kind)}
+    known = set(kind.__struct_fields__)
     unknown = sorted(set(data) - known - set(meaningless))
     if unknown and strict:
         raise RequestError(f"There is no field {unknown[0]!r}.", param=unknown[0])
@@ -255,6 +256,16 @@ def _at_least_one(name: str, value: int | None) -> None:
         raise RequestError(f"{name} must be at least 1, got {value}.", param=name)
 
 
+def check_stops(stops: Sequence[str], param: str) -> None:
+    """Raises RequestError for more or longer stop strings than are looked for."""
+    if len(stops) > MAX_STOPS:
+        raise RequestError(f"At most {MAX_STOPS} stop strings are served.", param=param)
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise RequestError(
+            f"A stop string may have {MAX_STOP_CHARS} characters at most.", param=param
+        )
+
+
 def _params(
     request: _Sampling, defaults: Defaults, *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
@@ -263,8 +274,7 @@ def _params(
     stop = request.stop
     if stop is not None:
         given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        if len(given["stop"]) > MAX_STOPS:
-            raise RequestError(f"At most {MAX_STOPS} stop strings are served.", param="stop")
+        check_stops(given["stop"], "stop")
     if request.temperature is not None and request.temperature > 2:
         raise RequestError(
             f"temperature must be in [0, 2], got {request.temperature}.", param="temperature"

@@ -21,6 +21,7 @@ import uvicorn
 from tokenry.api.app import make_app
 from tokenry.api.desk import Desk
 from tokenry.api.fleet import Fleet, ServedModel
+from tokenry.api.http import BoundedHttp
 from tokenry.api.logs import LogStream, sayer, set_up_logging
 from tokenry.api.middleware import guarded
 from tokenry.api.tls import tls_options
@@ -106,7 +107,7 @@ async def _serve(
             log_config=None if config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
             access_log=config.log_level == "debug",
             lifespan="off",
-            http="httptools",
+            http=BoundedHttp,
             timeout_graceful_shutdown=2,
             server_header=False,
             **tls_options(config),

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from tokenry.api.schema import check_stops
 from tokenry.errors import RequestError
 from tokenry.params import SamplingParams, Watermark
 from tokenry.structured import StructuredOutputs
@@ -73,6 +74,8 @@ def sampling_params(
         or any(value is not None for value in warps)
     )
     best_of = given.best_of or 1
+    stops = tuple(given.stop or given.stop_sequences or ())
+    check_stops(stops, "parameters.stop")
     try:
         return SamplingParams(
             n=best_of,
@@ -83,7 +86,7 @@ def sampling_params(
             repetition_penalty=given.repetition_penalty or 1.0,
             frequency_penalty=given.frequency_penalty or 0.0,
             seed=given.seed,
-            stop=tuple(given.stop or given.stop_sequences or ()),
+            stop=stops,
             include_stop_str_in_output=True,
             max_tokens=given.max_new_tokens or DEFAULT_TOKENS,
             logprobs=given.top_n_tokens or 0,
