@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,10 @@ def test_several_completions_of_one_prompt_are_bound_each():
         with pytest.raises(RequestError, match="nothing may be drawn"):
             llm.generate("Once", nothing, use_tqdm=False)
         llm._engine.check_integrity()
+
+
+def test_the_guides_example_runs(capsys):
+    page = Path(__file__).parents[1] / "docs" / "structured-output.md"
+    example = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)[1]
+    exec(example, {"__name__": "example"})
+    assert re.search(r"[A-Z][a-z]{2,8}, [0-9]{1,2} years\n", capsys.readouterr().out)

@@ -36,6 +36,7 @@ from tokenry.runner.memory import MemoryLimits, check_weights_fit
 from tokenry.runner.pooling import Pooler
 from tokenry.runner.runner import ModelRunner, RunnerConfig
 from tokenry.runner.sampling.processors import ProcessorFactory, installed_processors
+from tokenry.structured import is_one_token
 from tokenry.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, float], None]
@@ -232,7 +233,11 @@ def _vocabulary(config: EngineConfig, model: Path, vocab_size: int) -> Vocabular
         tokenizer_json=tokenizer.core.to_str(),
         vocab_size=max(vocab_size, tokenizer.vocab_size),
         eos_token_ids=tuple(i for i in tokenizer.eos_token_ids if i < vocab_size),
-        special_ids={token.content: i for i, token in added.items() if token.special},
+        special_ids={
+            token.content: i
+            for i, token in added.items()
+            if is_one_token(token.content, token.special)
+        },
     )
 
 

@@ -25,6 +25,13 @@ WHITESPACE = r"[ \t]{1,2}|\r?\n( {0,32}|\t{0,8})"
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 
+def is_one_token(added_token: str, special: bool) -> bool:
+    """Whether a grammar takes this added token as one that is not made of characters: special ones,
+    and whatever stands in angle brackets (`<think>`), as llguidance reads a tokenizer.json.
+    """
+    return special or (added_token.startswith("<") and added_token.endswith(">"))
+
+
 class Thinking(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Free text that may come before the bound part of the answer.
 
@@ -45,8 +52,8 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 
     json                 a JSON schema, as an object or as its text.
     json_object          any JSON object.
-    regex                a regular expression for the whole answer, in Rust's dialect: no look-around
-                         and no back references; \\d is 0 to 9 only.
+    regex                a regular expression for the whole answer, in Rust's dialect: no
+                         look-around, no back references, its digits are 0 to 9.
     choice               the answer is one of these texts.
     grammar              Lark in llguidance's dialect, or EBNF/GBNF (rules with `::=`, from `root`).
     whitespace_pattern   regular expression of the whitespace between JSON's tokens; without it up

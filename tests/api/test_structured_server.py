@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import openai
 import pydantic
@@ -197,3 +198,10 @@ def test_a_grammar_bomb_is_a_400_in_bounded_time_and_nobody_waits_for_it(server)
 
 def test_books_agree_afterwards(server):
     assert server.http.get("/health/integrity").json() == {"ok": True}
+
+
+def test_the_guides_example_runs(server, capsys):
+    page = Path(__file__).parents[2] / "docs" / "structured-output.md"
+    example = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)[0]
+    exec(example.replace("http://localhost:8000", server.url), {"__name__": "example"})
+    assert "age=" in capsys.readouterr().out

@@ -4,16 +4,19 @@ import json
 import re
 import time
 
+import llguidance
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from tokenry.errors import RequestError
 from tokenry.grammar.compiler import GrammarCompiler, Vocabulary
 from tokenry.grammar.trial import Trial
 from tokenry.hub import find_model
-from tokenry.structured import StructuredOutputs, structured_outputs
+from tokenry.structured import StructuredOutputs, Thinking, is_one_token, structured_outputs
 from tokenry.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(find_model("demo"))
@@ -211,3 +214,44 @@ def test_deep_json_is_refused():
         deep = {"items": deep}
     with pytest.raises(RequestError, match="deeply"):
         StructuredOutputs(json=deep)
+
+
+def test_added_tokens_are_known_as_the_library_knows_them():
+    """A tokenizer as Llama's and Qwen's: byte fallback, added tokens special and not."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    core = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("▁", "a")],
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    core.add_special_tokens(["<unk>", "</s>", "[CALLS]"])
+    core.add_tokens(["<think>", "</think>", "◁think▷", "[PLAIN]"])
+    library = llguidance.LLTokenizer(core.to_str(), eos_token=[1])
+    added = core.get_added_tokens_decoder()
+    for i, token in added.items():
+        assert library.is_special_token(i) == is_one_token(token.content, token.special), token
+    ids = {t.content: i for i, t in added.items() if is_one_token(t.content, t.special)}
+    compiler = GrammarCompiler(
+        lambda: Vocabulary(
+            tokenizer_json=core.to_str(), vocab_size=400, eos_token_ids=(1,), special_ids=ids
+        )
+    )
+    try:
+        thinking = Thinking(begin="<think>", end="</think>")
+        matcher = matcher_of(compiler, choice=("a b",), thinking=thinking)
+        assert {ids["<think>"], pieces.index("a")} <= set(allowed(matcher))
+        assert pieces.index("b") not in allowed(matcher)
+        for token in (ids["<think>"], pieces.index("b"), ids["</think>"], pieces.index("a")):
+            assert token in allowed(matcher)
+            assert not matcher.accept(token)
+        assert max(allowed(matcher)) < len(pieces)
+    finally:
+        compiler.close()

@@ -38,7 +38,7 @@ class Vocabulary:
     """What the compiler must know of the tokenizer.
 
     tokenizer_json   its file, as text.   vocab_size   of the model, if that has more ids.
-    special_ids      ids of special tokens by their text.
+    special_ids      ids of the tokens that are not made of characters, by their text.
     """
 
     tokenizer_json: str

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from tokenry.errors import RequestError
-from tokenry.structured import StructuredOutputs, Thinking
+from tokenry.structured import StructuredOutputs, Thinking, is_one_token
 from tokenry.text.detokenizer import make_detokenizer
 from tokenry.text.reasoning import (
     HARMONY,
@@ -38,14 +38,19 @@ _HARMONY_THINKING = Thinking(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerFormat:
-    """Of one model. `shows_tools`: its template prints the tools."""
+    """Of one model.
+
+    channels       its thinking and its calls are read together, by channels (harmony).
+    specials       texts of special tokens, which are told only if they are asked for.
+    one_token_ids  of tokens that a grammar takes as one.
+    """
 
     tokenizer: Tokenizer
     tools: ToolFormat
     reasoning: ReasoningFormat | None
     channels: bool
-    shows_tools: bool
-    special_ids: dict[str, int]
+    specials: frozenset[str]
+    one_token_ids: dict[str, int]
     tool_marks: Marks = field(repr=False)
     thinking_marks: Marks = field(repr=False)
     dropped: Marks = field(repr=False)
@@ -56,7 +61,8 @@ class AnswerFormat:
         template = tokenizer.chat_template.text
         tools = choose_format(tool_parser, template)
         reasoning = choose_reasoning(reasoning_parser, template)
-        special = {str(tokenizer.core.id_to_token(i)): i for i in tokenizer.special_ids}
+        added = tokenizer.core.get_added_tokens_decoder()
+        special = frozenset(t.content for t in added.values() if t.special)
         thinking = () if reasoning is None else reasoning.marks
         channels = reasoning_parser == HARMONY or (
             reasoning_parser == "auto" and tools.name == HARMONY
@@ -67,11 +73,13 @@ class AnswerFormat:
             tools=tools,
             reasoning=None if channels else reasoning,
             channels=channels,
-            shows_tools="tools" in template,
-            special_ids=special,
+            specials=special,
+            one_token_ids={
+                t.content: i for i, t in added.items() if is_one_token(t.content, t.special)
+            },
             tool_marks=Marks(tools.marks),
             thinking_marks=Marks(thinking),
-            dropped=Marks(set(special) - {*tools.marks, *thinking}),
+            dropped=Marks(special - {*tools.marks, *thinking}),
         )
 
     def reads(self, use: ToolUse) -> bool:
@@ -83,7 +91,7 @@ class AnswerFormat:
         marks = set(self.thinking_marks.texts)
         if use.tools or self.channels:
             marks |= set(self.tool_marks.texts)
-        return self.reads(use) and bool(marks & set(self.special_ids))
+        return self.reads(use) and bool(marks & self.specials)
 
     def reader(self, use: ToolUse, prompt: str | None, *, drop_specials: bool) -> Reader:
         """A reader of one answer to this prompt.
@@ -119,7 +127,7 @@ class AnswerFormat:
         """What binds the answer: the calls that must come, else what was asked for."""
         if use.bound or (asked is not None and use.tools):
             answer = None if use.mode != "auto" else self._answer_schema(asked)
-            lark = calls_lark(self.tools, use, self.special_ids, answer=answer)
+            lark = calls_lark(self.tools, use, self.one_token_ids, answer=answer)
             thinking = None if self.channels else self._thinking(prompt)
             return StructuredOutputs(grammar=lark, thinking=thinking, param="tools")
         if asked is None:

@@ -100,7 +100,7 @@ FORMATS = (
     ToolFormat(
         name="mistral",
         marks=_MISTRAL,
-        read=lambda marks, known: Mistral(marks, known),
+        read=Mistral,
         before="[TOOL_CALLS] [",
         head='{"name": "NAME", "arguments": ',
         tail="}",
@@ -111,7 +111,7 @@ FORMATS = (
     ToolFormat(
         name="mistral_v11",
         marks=_MISTRAL,
-        read=lambda marks, known: Mistral(marks, known),
+        read=Mistral,
         head="[TOOL_CALLS]NAME[ARGS]",
         tail="",
         between="",
@@ -120,7 +120,7 @@ FORMATS = (
     ToolFormat(
         name="deepseek_v3",
         marks=_DEEPSEEK,
-        read=lambda marks, known: DeepSeek(marks, known),
+        read=DeepSeek,
         before="<｜tool▁calls▁begin｜>",
         head="<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
         tail="\n```<｜tool▁call▁end｜>",
@@ -129,7 +129,7 @@ FORMATS = (
     ToolFormat(
         name="deepseek_v31",
         marks=_DEEPSEEK,
-        read=lambda marks, known: DeepSeek(marks, known),
+        read=DeepSeek,
         before="<｜tool▁calls▁begin｜>",
         head="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
         tail="<｜tool▁call▁end｜>",
