@@ -55,7 +55,8 @@ def write_tokenizer(path: Path, *, encoder: bool) -> None:
     core.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]",
               "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]",
-              "model_max_length": 96}  # fmt: skip
+              "model_max_length": 96,
+              "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}  # fmt: skip
     (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 

@@ -242,6 +242,54 @@ def test_a_long_text_is_refused_or_cut_as_asked(bert: Any, open_llm: Any, words:
     assert error.value.param == "truncate_prompt_tokens"
 
 
+def test_a_pair_is_cut_as_transformers_cuts_it(cross: Any, open_llm: Any, words: Any) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(cross[0] / "tokenizer.json"))
+    llm = open_llm(cross[0])
+    lengths = [(1, 1), (5, 90), (90, 5), (60, 60), (61, 60), (60, 61), (46, 130), (47, 46)]
+    for n, m in lengths:
+        a, b = words(*range(n)), words(*range(m))
+        one = llm.score(a, b, truncate_prompt_tokens=-1, use_tqdm=False)[0]
+        want = oracle(a, b, truncation="longest_first", max_length=96)["input_ids"]
+        assert one.prompt_token_ids == tuple(want), (n, m)
+
+
+def test_newer_files_of_sentence_transformers_are_read(
+    make_model: Any, modules: Any, open_llm: Any, ask: Any
+) -> None:
+    path, model = make_model("BertConfig")
+    modules(path, "mean", normalize=False)
+    (path / "sentence_bert_config.json").write_text(json.dumps({"modality_config": {}}))
+    named = {"embedding_dimension": 32, "pooling_mode": "lasttoken", "include_prompt": True}
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(named))
+    own = {"prompts": {"query": "ask: ", "document": ""}}
+    (path / "config_sentence_transformers.json").write_text(json.dumps(own))
+    tokenizer = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 33}))
+    llm = open_llm(path)
+    assert llm.ready.max_model_len == 33
+    assert any("prompts before its texts (query" in note for note in llm.ready.notes)
+    one = llm.embed("w1 w2", use_tqdm=False)[0]
+    close(one.outputs.embedding, ask(model, one.prompt_token_ids)[-1])
+
+
+@pytest.mark.parametrize("where", ["config.json", "config_sentence_transformers.json"])
+def test_a_cross_encoder_may_name_its_activation(
+    make_model: Any, open_llm: Any, where: str
+) -> None:
+    kind = "AutoModelForSequenceClassification"
+    path, _ = make_model("BertConfig", kind, num_labels=1)
+    raw = open_llm(path).score("w1", "w2", pooling_params=PoolingParams(final=False),
+                               use_tqdm=False)[0].outputs.score  # fmt: skip
+    said = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    file = path / where
+    old = json.loads(file.read_text()) if file.exists() else {}
+    new = {"sentence_transformers": said} if where == "config.json" else said
+    file.write_text(json.dumps({**old, **new}))
+    assert open_llm(path).score("w1", "w2", use_tqdm=False)[0].outputs.score == raw
+
+
 def test_tokens_and_vectors_are_asked_of_models_that_have_them(
     bert: Any, qwen: Any, make_model: Any, open_llm: Any
 ) -> None:

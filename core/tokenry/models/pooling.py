@@ -20,6 +20,7 @@ from tokenry.models.config import ENCODERS, ModelConfig, read_json
 from tokenry.models.encoder import Method
 from tokenry.models.head import ACTIVATIONS, HeadLayer, PoolingPlan
 
+OWN_FILE = "config_sentence_transformers.json"
 MODES: Mapping[str, Method] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -63,11 +64,12 @@ def generates(architecture: str, task: str, plan: PoolingPlan | None) -> bool:
 
 
 def served_len(path: Path, config: ModelConfig) -> int:
-    """Longest text that the model was made for: max_seq_length of sentence-transformers' file if
-    there is one, and never more than the model has positions.
+    """Longest text that the model was made for: what sentence-transformers' file says, or the
+    tokenizer's where that file is silent, and never more than the model has positions.
     """
-    file = path / "sentence_bert_config.json"
-    length = read_json(file).get("max_seq_length") if file.is_file() else None
+    length = _read(path / "sentence_bert_config.json").get("max_seq_length")
+    if length is None and (path / "modules.json").is_file():
+        length = _read(path / "tokenizer_config.json").get("model_max_length")
     return min(config.max_len, length) if isinstance(length, int) and length > 0 else config.max_len
 
 
@@ -107,18 +109,20 @@ def _embedder(
     head: list[HeadLayer] = []
     found: Method | None = None if method == "auto" else _named(method)
     normalize, width = not modules, config.hidden_size
+    pooled = False
     for name, folder in modules:
         if name == "Pooling":
+            pooled = True
             found = _method(folder) if found is None else found
-        elif name == "Dense":
+        elif name == "Dense" and pooled:
             head.append(_dense(folder, width))
             width = head[-1].out_size
         elif name == "Normalize":
             normalize = True
         elif name != "Transformer":
             raise ModelLoadError(
-                f"{path / 'modules.json'} has a module {name}; known: Transformer, Pooling, Dense, "
-                "Normalize.",
+                f"{path / 'modules.json'} has a module {name}; known, in this order: Transformer, "
+                "Pooling, Dense, Normalize.",
                 mend="another embedding model",
             )
     notes = _prompt_notes(path)
@@ -134,6 +138,11 @@ def _embedder(
         matryoshka=_matryoshka(config, allowed=matryoshka),
         notes=notes,
     )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is no such file."""
+    return read_json(file) if file.is_file() else {}
 
 
 def _modules(path: Path) -> list[tuple[str, Path]]:
@@ -207,8 +216,8 @@ def _activation(name: str, where: Path) -> str:
 
 def _prompt_notes(path: Path) -> tuple[str, ...]:
     """sentence-transformers can put a text before every input; we leave that to the client."""
-    file = path / "config_sentence_transformers.json"
-    raw = read_json(file) if file.is_file() else {}
+    file = path / OWN_FILE
+    raw = _read(file)
     prompts = {name: text for name, text in (raw.get("prompts") or {}).items() if text}
     if not prompts:
         return ()
@@ -229,6 +238,13 @@ def _matryoshka(config: ModelConfig, *, allowed: bool) -> tuple[int, ...] | None
 
 
 def _classifier(path: Path, config: ModelConfig, method: str) -> PoolingPlan:
+    for name, _ in _modules(path):
+        if name != "Transformer":
+            raise ModelLoadError(
+                f"{path / 'modules.json'} has a module {name}; a classifier has none but its own "
+                "head.",
+                mend="another reranker",
+            )
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = tuple(str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0])))
     n = len(names)
@@ -281,6 +297,7 @@ def _classifier_activation(path: Path, config: ModelConfig, n: int) -> str:
     """What the files say, else sigmoid for one label and softmax for more."""
     nested = (config.get("sentence_transformers") or {}).get("activation_fn")
     said = nested or config.get("sbert_ce_default_activation_function")
+    said = said or _read(path / OWN_FILE).get("activation_fn")
     if said is not None:
         return _activation(str(said), path / "config.json")
     kind = config.get("problem_type")
