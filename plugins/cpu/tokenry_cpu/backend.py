@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tokenry.backend.base import KV, Backend, ModelSpec, Op, StepFn, WeightIter
 from tokenry.backend.contract import Caps, HostBatch, KVPlan, KVSpec, MemoryInfo
 from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError, DeviceOOM
 from tokenry_cpu import native, native_ops, torch_ops
+from tokenry_cpu.loading import let_go
 from tokenry_cpu.memory import cpu_quota, memory_nodes, read_memory, read_peak, reset_peak
 from tokenry_cpu.pack_cache import open_cache
 from tokenry_cpu.program import recorded
@@ -151,6 +153,11 @@ class CpuBackend(Backend):
         dtype = getattr(torch, spec.dtype)
         return [lazy_zeros(shape, dtype) for _ in range(spec.num_layers)]
 
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[NDArray[Any]]]:
+        """Copies made now: nothing here runs later."""
+        copies = [t.detach().numpy().copy() for t in tensors]
+        return lambda: copies
+
     def plan_kv(self, spec: KVSpec, budget: int, probe: Callable[[], None] | None) -> KVPlan:
         """As the base class, with activations from the resident set's peak: what a step needs is
         given back to the kernel by the time it is over. `weights` is all that the process holds.
@@ -198,10 +205,10 @@ class CpuBackend(Backend):
         linear: native_ops.Linear = self._ops["linear"]
         linear.round_activations = spec.dtype == "bfloat16"
         cache = open_cache(self._pack_cache, spec) if self._pack_cache else None
-        if spec.dtype == "bfloat16" and (wide := in_float32(spec)) is not None:
-            spec, weights = wide, ((name, t.bfloat16()) for name, t in weights)
+        if spec.dtype == "bfloat16":
+            spec = in_float32(spec) or spec
         linear.cache = cache
-        step = super().build_model(spec, weights, ops)
+        step = super().build_model(spec, let_go(weights), ops)
         linear.cache = None
         if cache is not None:
             cache.report()

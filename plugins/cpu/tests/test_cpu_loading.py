@@ -1,0 +1,123 @@
+"""A model is packed while it is read: at no time is it in memory twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tokenry_cpu import native
+from tokenry_cpu.loading import let_go, mapping_of
+from tokenry_cpu.memory import _status
+
+MAKE = Path(__file__).parents[3] / "benchmarks/make_model.py"
+MEASURE = """
+import json, sys
+from pathlib import Path
+from tokenry import LLM
+from tokenry_cpu import backend, memory, native
+
+root, sizes = Path("/"), []
+build, init = backend.CpuBackend.build_model, native.Weight.__init__
+
+
+def counted(self, *args, **more):
+    init(self, *args, **more)
+    sizes.append(self.nbytes)
+
+
+def measured(self, *args):
+    before = memory._status(root, "VmRSS")
+    memory.reset_peak(root)
+    step = build(self, *args)
+    peak = memory.read_peak(root) - before
+    print(json.dumps({"peak": peak, "packed": sum(sizes)}))
+    return step
+
+
+native.Weight.__init__, backend.CpuBackend.build_model = counted, measured
+with LLM(sys.argv[1], backend="cpu", max_model_len=64, dtype=sys.argv[2],
+         quantization=sys.argv[3] or None):
+    pass
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A checkpoint of 8 MiB, reached as in a hub's cache: by a link to a file without a suffix."""
+    tensors = {f"t{i}": torch.full((512, 512), float(i)) for i in range(8)}
+    save_file(tensors, tmp_path / "blob")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(tmp_path / "blob")
+    return link
+
+
+def test_the_mapping_of_a_checkpoint_is_found_and_of_other_memory_is_none(file):
+    with safe_open(str(file), framework="pt") as tensors:
+        tensor = tensors.get_tensor("t3")
+        begin, end = mapping_of(tensor.data_ptr())
+        assert begin <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end
+    assert mapping_of(torch.ones(10).data_ptr()) is None
+    assert mapping_of(torch.ones(2**24).data_ptr()) is None
+    assert mapping_of(0) is None
+
+
+def test_a_file_leaves_memory_and_is_there_when_it_is_touched_again(file):
+    def stream():
+        with safe_open(str(file), framework="pt") as tensors:
+            for i in range(8):
+                tensor = tensors.get_tensor(f"t{i}")
+                tensor.sum()
+                yield f"t{i}", tensor
+
+    def own():
+        for name, tensor in stream():
+            yield name, tensor.clone()  # not of the file: must be left alone
+
+    before, kept = _status(Path("/"), "RssFile"), []
+    for _, tensor in let_go(stream()):
+        kept.append(tensor)
+    assert _status(Path("/"), "RssFile") - before < 3 * 2**20
+    for i, tensor in enumerate(kept):
+        assert (tensor == i).all()
+    for i, (_, tensor) in enumerate(list(let_go(own()))):
+        assert (tensor == i).all()
+
+
+def test_a_weight_that_is_narrower_than_its_dtype_is_found_in_any_row():
+    wide = torch.randn(1500, 8).bfloat16().float()
+    assert native.narrowest(wide).dtype == torch.bfloat16
+    wide[1400, 3] = 1 + 2**-20
+    assert native.narrowest(wide).dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MAKE.is_file(), reason="benchmarks/ is not beside the plugin")
+def test_the_peak_while_loading_is_little_more_than_the_packed_model(tmp_path):
+    shape = "--hidden=512 --layers=12 --heads=8 --kv-heads=4 --mlp=2048 --vocab=4096"
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *command], check=True, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return done.stdout
+
+    run(str(MAKE), str(tmp_path / "m"), *shape.split(" "))
+    embedding, reading = 4 * 4096 * 512, 40 * 2**20  # the table; a tensor, its parts, its copy
+    for dtype, quantization in (("float32", ""), ("bfloat16", ""), ("float32", "int8")):
+        said = run("-c", MEASURE, str(tmp_path / "m"), dtype, quantization)
+        line = next(x for x in said.splitlines() if x.startswith("{"))
+        told = json.loads(line)
+        most = told["packed"] + embedding + reading
+        assert told["peak"] < most, (dtype, quantization, told)
+        if (dtype, quantization) == ("float32", ""):
+            assert told["packed"] > 150 * 2**20
+            assert told["peak"] < 1.15 * (told["packed"] + embedding)
