@@ -78,6 +78,7 @@ class Telling:
     def __init__(self) -> None:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.calls = False
         self.usage: dict[str, Any] = {}
 
     async def pieces(
@@ -112,6 +113,7 @@ class Telling:
         if message.get("content") or logprobs:
             found.append(Piece(kind="text", text=message.get("content") or "", logprobs=logprobs))
         for i, call in enumerate(message.get("tool_calls") or ()):
+            self.calls = True
             function = call.get("function") or {}
             found.append(
                 Piece(

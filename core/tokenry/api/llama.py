@@ -205,7 +205,7 @@ async def apply_template(request: Request) -> Response:
     service.check_model(chat.model)
     check_messages(chat.messages)
     service.admit()
-    prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer)
+    prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer, service.answer_format)
     return JSON({"prompt": prompt.text}, headers=ignored_header(unknown))
 
 

@@ -62,7 +62,7 @@ async def count_tokens(request: Request) -> Response:
     chat, _ = decode(chat_body(wanted), ChatRequest, strict=True)
     check_messages(chat.messages)
     service.admit()
-    prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer)
+    prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer, service.answer_format)
     return JSON({"input_tokens": len(prompt.token_ids)}, headers=ignored_header(unknown))
 
 
@@ -129,6 +129,8 @@ class _Message:
 
     def _end(self) -> dict[str, Any]:
         reason, stopped = self._telling.finish_reason, self._telling.stop_reason
+        if self._telling.calls and reason == "stop":  # OpenAI's word where the call was asked for
+            return {"stop_reason": "tool_use", "stop_sequence": None}
         if reason == "stop" and isinstance(stopped, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": stopped}
         names = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}

@@ -175,8 +175,10 @@ def _tool_choice(choice: dict[str, Any] | None) -> dict[str, Any]:
 
 def _thinking(thinking: dict[str, Any] | None) -> dict[str, Any]:
     kind = None if thinking is None else thinking.get("type")
-    if kind in (None, "disabled", "adaptive"):
+    if kind in (None, "adaptive"):
         return {}
+    if kind == "disabled":
+        return {"chat_template_kwargs": {"enable_thinking": False}}
     raise RequestError(
         f"thinking of type {kind!r} cannot be served: a budget cannot be kept.",
         param="thinking",

@@ -133,7 +133,9 @@ async def count_input_tokens(request: Request) -> Response:
         chat, _ = decode(body, ChatRequest, strict=True)
         check_messages(chat.messages)
         service.admit()
-        prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer)
+        prompt = await asyncio.to_thread(
+            render, chat, service.engine.tokenizer, service.answer_format
+        )
     except RequestError as error:
         raise renamed(error) from error
     count = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}

@@ -81,7 +81,7 @@ async def chat_tokenize(request: Request) -> Response:
     check_messages(chat.messages)
     service.admit()
     tokenizer = service.engine.tokenizer
-    prompt = await asyncio.to_thread(render, chat, tokenizer)
+    prompt = await asyncio.to_thread(render, chat, tokenizer, service.answer_format)
     detokenizer = make_detokenizer(tokenizer, skip_special_tokens=False)
     tokens, at = [], 0
     for token_id in prompt.token_ids:
