@@ -153,7 +153,7 @@ class CpuBackend(Backend):
         dtype = getattr(torch, spec.dtype)
         return [lazy_zeros(shape, dtype) for _ in range(spec.num_layers)]
 
-    def fetch(self, tensors: Sequence[torch.Tensor]) -> Callable[[], list[NDArray[Any]]]:
+    def fetch(self, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
         """Copies made now: nothing here runs later."""
         copies = [t.detach().numpy().copy() for t in tensors]
         return lambda: copies
