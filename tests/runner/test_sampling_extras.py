@@ -318,3 +318,33 @@ def test_next_bound_depends_on_the_row_alone():
     together = next_mu(rows, torch.arange(5), draws)
     alone = [float(next_mu(rows[i : i + 1], torch.tensor([i]), draws[i : i + 1])) for i in range(5)]
     assert together.tolist() == alone
+
+
+def test_whatever_varies_in_number_comes_in_few_shapes():
+    seen = set()
+
+    def op(logits, inputs):
+        return REFERENCE_OPS["sample"](logits, inputs)
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                seen.add((str(func), tuple(result.shape)))
+            return result
+
+    one = Sampler(op, device="cpu", eos_token_ids=(1,), processors={})
+    kinds = [SamplingParams(repetition_penalty=1.2, mirostat=2), SamplingParams(dry_multiplier=1)]
+    for n in range(9, 17):  # rows that ask for it, and tokens that they hold
+        draws = [draw(kinds[i % 2], history=[i, *range(n), i]) for i in range(n)]
+        draws += [None] * (16 - n)
+        if n == 10:
+            seen.clear()
+        if n == 16:
+            break
+        with Watched():
+            one(torch.randn(16, VOCAB), draws)
+    shapes = {shape[0] for _, shape in seen if len(shape) == 2 and shape[1] == VOCAB}
+    assert shapes <= {1, 2, 4, 8, 16}
+    cells = {shape[0] for name, shape in seen if name.startswith("aten.index.") and len(shape) == 1}
+    assert all(size & (size - 1) == 0 for size in cells), cells

@@ -201,7 +201,7 @@ class PartialStep:
         return {
             row: float(mu)
             for steered in self._steered
-            for row, mu in zip(steered.rows, arrays[steered.at], strict=True)
+            for row, mu in zip(steered.rows, arrays[steered.at], strict=False)
         }
 
     def _fail_draw(self, index: int, broken: int) -> None:

@@ -31,7 +31,10 @@ from tokenry.runner.sampling.processors import (
     raised,
 )
 from tokenry.runner.sampling.rules import apply_rules, has_rules
+from tokenry.runner.sampling.shapes import to_power_of_two
 
+ROWS_AT_ONCE = 16
+"""Most rows that are narrowed at once: so much memory it may take, and so few shapes it has."""
 LOGITS_BROKEN, NOTHING_LEFT = 1, 2
 """Bits of `Sampled.broken`: the model's logits are NaN or infinite; those that are left after the
 request's own rules are all -inf, or NaN.
@@ -44,7 +47,7 @@ class Sampled:
     means nothing (LOGITS_BROKEN, NOTHING_LEFT).
 
     errors   by row, what its logits processor or its grammar raised: the row's token means nothing.
-    mu       [m] float32, mirostat's bounds after the tokens of the m rows mu_rows.
+    mu       [>= m] float32, mirostat's bounds after the tokens of the m rows mu_rows.
     """
 
     token_ids: Tensor
@@ -83,22 +86,25 @@ class Sampler:
         self._narrow(adjusted, draws)
         steered = [(i, d) for i, d in enumerate(draws) if d is not None and d.params.mirostat]
         steered = [(i, d) for i, d in steered if not d.params.greedy]
-        left = adjusted[[i for i, _ in steered]] if steered else None
+        steered_padded = to_power_of_two(steered)
+        left = adjusted[[i for i, _ in steered_padded]] if steered else None
         marked = [(i, d) for i, d in enumerate(draws) if d is not None and by_gumbel(d)]
         add_gumbel(adjusted, marked)
         token_ids = self._op(adjusted, self._inputs(draws, {i for i, _ in marked}))
         mu_rows = tuple(i for i, _ in steered)
         mu = None
         if left is not None:
-            mu = next_mu(left, token_ids[list(mu_rows)], [d for _, d in steered])
+            drawn = token_ids[[i for i, _ in steered_padded]]
+            mu = next_mu(left, drawn, [d for _, d in steered_padded])
         return Sampled(token_ids=token_ids, broken=broken, errors=errors, mu=mu, mu_rows=mu_rows)
 
     def _narrow(self, out: Tensor, draws: Sequence[Draw | None]) -> None:
         """Candidates of the rows whose parameters the `sample` op does not know, in place."""
         rows = [(i, d) for i, d in enumerate(draws) if d is not None and narrows(d.params)]
-        if rows:
-            index = [i for i, _ in rows]
-            out[index] = narrow(out[index], [d for _, d in rows])
+        for begin in range(0, len(rows), ROWS_AT_ONCE):
+            some = to_power_of_two(rows[begin : begin + ROWS_AT_ONCE])
+            index = [i for i, _ in some]
+            out[index] = narrow(out[index], [d for _, d in some])
 
     def _inputs(self, draws: Sequence[Draw | None], marked: Collection[int]) -> SampleInputs:
         """What the op needs. The rows that were narrowed are filtered already; in those that a

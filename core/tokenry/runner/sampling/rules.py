@@ -19,6 +19,7 @@ from tokenry.runner.sampling.choice import narrows
 from tokenry.runner.sampling.draw import Draw
 from tokenry.runner.sampling.marking import add_green
 from tokenry.runner.sampling.repeats import dry_penalties, repeated_ngrams
+from tokenry.runner.sampling.shapes import to_power_of_two
 
 Ruled = Sequence[tuple[int, Draw]]
 """(row of the logits, its draw), of the rows that have rules."""
@@ -94,13 +95,20 @@ def _penalise(out: Tensor, ruled: Ruled) -> None:
         cells.append((i, seen, in_output, p))
     if not cells:
         return
-    rows = _tensor(np.concatenate([np.full(len(t), i) for i, t, _, _ in cells]), out)
-    tokens_at = _tensor(np.concatenate([t for _, t, _, _ in cells]).astype(np.int64), out)
-    count = _tensor(np.concatenate([c for _, _, c, _ in cells]).astype(np.float32), out)
+    size = sum(len(t) for _, t, _, _ in cells)
+    missing = (1 << (size - 1).bit_length()) - size
+
+    def column(parts: list[NDArray[Any]], dtype: type) -> Tensor:
+        whole: NDArray[Any] = np.concatenate(parts).astype(dtype)
+        return _tensor(np.pad(whole, (0, missing), mode="edge"), out)
+
+    rows = column([np.full(len(t), i) for i, t, _, _ in cells], np.int64)
+    tokens_at = column([t for _, t, _, _ in cells], np.int64)
+    count = column([c for _, _, c, _ in cells], np.float32)
 
     def spread(name: str) -> Tensor:
-        values = [np.full(len(t), getattr(p, name), np.float32) for _, t, _, p in cells]
-        return _tensor(np.concatenate(values), out)
+        values = [np.full(len(t), getattr(p, name)) for _, t, _, p in cells]
+        return column(values, np.float32)
 
     value = out[rows, tokens_at]
     factor = spread("repetition_penalty")
@@ -112,14 +120,15 @@ def _penalise(out: Tensor, ruled: Ruled) -> None:
 
 def _add(out: Tensor, cells: Sequence[tuple[int, int, float]]) -> None:
     if cells:
-        rows, tokens, values = zip(*cells, strict=True)
+        nothing = (*cells[-1][:2], 0.0)
+        rows, tokens, values = zip(*to_power_of_two(cells, nothing), strict=True)
         index = (_tensor(np.array(rows), out), _tensor(np.array(tokens), out))
         out.index_put_(index, _tensor(np.array(values, np.float32), out), accumulate=True)
 
 
 def _forbid(out: Tensor, cells: Sequence[tuple[int, int]]) -> None:
     if cells:
-        rows, tokens = zip(*cells, strict=True)
+        rows, tokens = zip(*to_power_of_two(cells), strict=True)
         out[_tensor(np.array(rows), out), _tensor(np.array(tokens), out)] = -torch.inf
 
 
