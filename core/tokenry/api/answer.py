@@ -110,16 +110,18 @@ def answer_stream(
     service: Service, run: Run, events: AsyncGenerator[Any, None], headers: dict[str, str]
 ) -> Response:
     """A stream of events; its end, whatever it is, ends the run."""
+    active = service.active()
+    active.__enter__()  # a generator around the events would cost each token its way through it
+    left = False
 
-    async def guarded() -> AsyncGenerator[Any, None]:
-        try:
-            with service.active():
-                async for event in events:
-                    yield event
-        finally:
-            await events.aclose()
+    def at_end() -> None:
+        nonlocal left
+        run.close()
+        if not left:
+            left = True
+            active.__exit__(None, None, None)
 
-    return EventStream(guarded(), headers, at_end=run.close)
+    return EventStream(events, headers, at_end=at_end)
 
 
 def prompt_logprobs(output: RequestOutput) -> list[Any] | None:

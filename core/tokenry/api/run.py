@@ -25,6 +25,9 @@ from tokenry.pooling import PoolingParams
 from tokenry.text.admission import check_answer_length
 from tokenry.text.outputs import OutputKind, Update
 
+_SILENCE = Update(request_id="")
+"""What the queue gets where nothing came for a while."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -50,6 +53,8 @@ class Run:
         self._queue: asyncio.Queue[Update] = asyncio.Queue()
         self._ids: dict[str, int] = {}
         self._accounts: dict[str, Account] = {}
+        self._heard_s = self._arrival_s
+        self._timer: asyncio.TimerHandle | None = None
         self._last_s: dict[tuple[int, int], float] = {}
         self._first: Update | None = None
 
@@ -136,39 +141,45 @@ class Run:
 
     async def updates(self) -> AsyncIterator[tuple[int, RequestOutput] | None]:
         """(prompt's index, output) until all are finished; None after `keep_alive_s` of silence."""
-        while self._ids:
-            update = await self._next()
-            if update is None:
-                yield None
-                continue
-            if update.request_id not in self._ids:
-                continue
-            if update.error is not None:
-                del self._ids[update.request_id]
-                self._end(update.request_id, "error")
-                raise update.error
-            assert update.output is not None or not update.finished
-            if update.output is not None:
-                index = self._ids[update.request_id]
-                self._accounts[update.request_id].take(update.output)
-                self._count(index, update.output)
-                if update.output.finished:
-                    del self._ids[update.request_id]
-                    self._end(update.request_id)
-                yield index, update.output
-
-    async def _next(self) -> Update | None:
-        """The next update; None after `keep_alive_s` of silence."""
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        if not self._queue.empty():
-            return self._queue.get_nowait()  # a timer per token would cost more than the token
+        self._listen()
         try:
-            async with asyncio.timeout(self._service.config.keep_alive_s):
-                return await self._queue.get()
-        except TimeoutError:
-            return None
+            while self._ids:
+                update = await self._queue.get()
+                if update is _SILENCE:
+                    yield None
+                elif update.request_id in self._ids:
+                    index, output = self._take(update)
+                    if output is not None:
+                        yield index, output
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _take(self, update: Update) -> tuple[int, RequestOutput | None]:
+        """Count it; raises the error that ended its request."""
+        name = update.request_id
+        index, output = self._ids[name], update.output
+        if update.error is not None:
+            del self._ids[name]
+            self._end(name, "error")
+            raise update.error
+        if output is not None:
+            self._accounts[name].take(output)
+            self._count(index, output)
+            if output.finished:
+                del self._ids[name]
+                self._end(name)
+        return index, output
+
+    def _listen(self) -> None:
+        """Wake up when it was silent for `keep_alive_s`: one timer per run, none per token."""
+        silent_s = time.monotonic() - self._heard_s
+        left_s = self._service.config.keep_alive_s - silent_s
+        if left_s <= 0:
+            self._queue.put_nowait(_SILENCE)
+            self._heard_s = time.monotonic()
+            left_s = self._service.config.keep_alive_s
+        self._timer = asyncio.get_running_loop().call_later(left_s, self._listen)
 
     async def outputs(self) -> list[RequestOutput]:
         """The finished outputs in the order of the prompts (kind "final")."""
@@ -199,7 +210,7 @@ class Run:
         self._service.tracer.ended(facts)
 
     def _count(self, index: int, output: RequestOutput) -> None:
-        now = time.monotonic()
+        now = self._heard_s = time.monotonic()
         metrics = self._service.metrics
         for one in output.outputs:
             num_new = len(one.token_ids)

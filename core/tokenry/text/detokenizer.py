@@ -57,6 +57,9 @@ class ByteDetokenizer:
     def feed(self, token_ids: Sequence[int]) -> str:
         """Text that became certain with these tokens."""
         token_bytes = self._tokenizer.token_bytes
+        if len(token_ids) == 1:  # a step's one token
+            token = token_ids[0]
+            return "" if token in self._skipped else self._decoder.decode(token_bytes(token))
         return self._decoder.decode(
             b"".join(token_bytes(i) for i in token_ids if i not in self._skipped)
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -34,8 +33,7 @@ OutputKind = Literal["cumulative", "delta", "final"]
 at the end."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
+class Update(msgspec.Struct, frozen=True, kw_only=True):
     """What one event meant to its request.
 
     output   None where there is nothing to tell (kind "final" before the end, text held back).
@@ -196,6 +194,8 @@ class RequestState:
         self._kind = kind
         self._tokenizer = tokenizer
         self._children = [_Completion(i, prompt_ids, params, tokenizer) for i in range(params.n)]
+        self._num_running = params.n
+        self._times: RequestMetrics | None = None
         self._arrival_s = time.monotonic()
         self._scheduled_s: float | None = None
         self._first_token_s: float | None = None
@@ -208,7 +208,7 @@ class RequestState:
     @property
     def finished(self) -> bool:
         """Whether every completion has ended."""
-        return all(child.finish_reason is not None for child in self._children)
+        return self._num_running == 0
 
     def unfinished(self, but: int | None = None) -> tuple[str, ...]:
         """Ids of the children that the engine still runs."""
@@ -235,6 +235,7 @@ class RequestState:
         now = time.monotonic()
         if event.token_ids and self._first_token_s is None:
             self._first_token_s = now
+            self._times = None
             self._scheduled_s = event.scheduled_s or None
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
         if event.prompt_logprobs is not None and self._prompt_logprobs is None:
@@ -243,8 +244,10 @@ class RequestState:
         self._pooled = event.pooled
         news = child.take(event)
         stopped = child.finish_reason is not None and event.finish_reason is None
-        if self.finished:
-            self._finished_s = now
+        if child.finish_reason is not None:
+            self._num_running -= 1
+            self._finished_s = None if self._num_running else now
+            self._times = None
         return Update(
             request_id=self.request_id,
             output=self._output(child, news),
@@ -274,14 +277,20 @@ class RequestState:
             finished=self.finished,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self._num_cached,
-            metrics=RequestMetrics(
+            metrics=self._metrics(),
+            pooled=self._pooled,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        """The times so far; they change with the first token and with the end, not with others."""
+        if self._times is None:
+            self._times = RequestMetrics(
                 arrival_s=self._arrival_s,
                 scheduled_s=self._scheduled_s,
                 first_token_s=self._first_token_s,
                 finished_s=self._finished_s,
-            ),
-            pooled=self._pooled,
-        )
+            )
+        return self._times
 
 
 class _Completion:
