@@ -142,14 +142,18 @@ def _texts(texts: Any) -> list[Any]:
     return [list(texts)] if texts and isinstance(texts[0], int) else list(texts)
 
 
-def pairs_of(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of one text with each of many, or of as many with as many. Raises RequestError."""
+def pairs_of(
+    first: Sequence[str], second: Sequence[str], *, param: str = "text_2"
+) -> list[tuple[str, str]]:
+    """Pairs of one text with each of many, or of as many with as many. Raises RequestError that
+    names `param`.
+    """
     if len(first) == 1:
         return [(first[0], text) for text in second]
     if len(first) != len(second):
         raise RequestError(
             f"{len(first)} texts cannot be paired with {len(second)}.",
-            param="text_2",
+            param=param,
             mend="one text and many, or as many as the others",
         )
     return list(zip(first, second, strict=True))

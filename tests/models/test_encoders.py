@@ -36,6 +36,7 @@ FAMILIES = {
     "RobertaConfig": {"type_vocab_size": 1},
     "XLMRobertaConfig": {"type_vocab_size": 1},
     "DistilBertConfig": {},
+    "MPNetConfig": {},
     "ModernBertConfig": {"local_attention": 8, "global_attn_every_n_layers": 2},
 }
 METHODS = ("cls", "mean", "last")
@@ -113,7 +114,7 @@ def test_an_encoder_gives_what_transformers_gives(
             torch.testing.assert_close(row, oracle(model, text, method), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", ["BertConfig", "ModernBertConfig"])
+@pytest.mark.parametrize("config", ["BertConfig", "ModernBertConfig", "MPNetConfig"])
 def test_a_text_gives_the_same_bits_whatever_its_neighbours(
     tmp_path: Path, backend: Backend, texts: list[list[int]], config: str
 ) -> None:

@@ -101,7 +101,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     def make(config: str, kind: str = "AutoModel", **fields: Any) -> tuple[Path, Any]:
         path = tmp_path_factory.mktemp(config)
         torch.manual_seed(1)
-        encoder = "Bert" in config or "Roberta" in config
+        encoder = "Bert" in config or "Roberta" in config or "MPNet" in config
         tiny = DISTIL if config == "DistilBertConfig" else TINY if encoder else DECODER
         made = getattr(transformers, config)(**{**tiny, **fields})
         model = getattr(transformers, kind).from_config(made, attn_implementation="eager")

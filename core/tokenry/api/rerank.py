@@ -107,7 +107,7 @@ async def score(request: Request) -> Response:
     vectors = Vectors(request, service, wanted, "score")
     check_scores(vectors.facts)
     (_, a), (second, b) = _sides(wanted)
-    scores = Scores(vectors, pairs_of(a, b))
+    scores = Scores(vectors, pairs_of(a, b, param=second))
     inputs = vectors.inputs()
 
     def names(i: int) -> str:

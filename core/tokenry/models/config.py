@@ -39,7 +39,7 @@ UNWRITTEN: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """By model_type: values that published files leave out because they are transformers' defaults."""
 DTYPES = ("float32", "float16", "bfloat16")
-ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert", "MPNet")
 """Beginnings of the names of architectures that see a text from both sides."""
 
 
@@ -166,7 +166,9 @@ def _stretched(raw: Mapping[str, Any], length: int) -> int:
 
 
 def _unused_positions(architecture: str, raw: Mapping[str, Any]) -> int:
-    """Positions before a text's first token: RoBERTa begins after the padding's."""
+    """Positions before a text's first token: RoBERTa and MPNet begin after the padding's."""
+    if architecture.startswith("MPNet"):
+        return 2
     roberta = architecture.startswith(("Roberta", "XLMRoberta"))
     return int(raw.get("pad_token_id") or 0) + 1 if roberta else 0
 

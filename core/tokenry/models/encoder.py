@@ -9,6 +9,7 @@ depends on its text and its padded length, never on its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +46,7 @@ class EncoderPlan:
     positions    learned positions (rows of the table), None with rotary ones; the first token has
                  the position `first_position` (RoBERTa's is padding_idx + 1).
     token_types  rows of the table that tells the texts of a pair apart; 0: there is none.
+    distances    rows of the table of what distances add to the scores (MPNet); 0: there is none.
     pre_norm     norms before attention and MLP and one at the end (ModernBERT), else after each
                  (BERT).
     gated        act(gate(x)) * up(x) in one matrix, else a two-matrix MLP.
@@ -57,6 +59,7 @@ class EncoderPlan:
     positions: int | None = None
     first_position: int = 0
     token_types: int = 0
+    distances: int = 0
     pre_norm: bool = False
     gated: bool = False
     attention_bias: bool = True
@@ -107,6 +110,37 @@ class Padded:
         return total / self.lens.clamp_min(1)[:, None].float()
 
 
+FARTHEST = 128
+"""Distances from here on share one row of the table."""
+
+
+class DistanceBias:
+    """What the distance of two tokens adds to their score, per head: near ones each have a row of
+    the table, far ones share rows by the logarithm of their distance, up to FARTHEST.
+
+    Source: T5, arXiv 1910.10683 §2.1; transformers, modeling_mpnet.py, relative_position_bucket.
+    """
+
+    def __init__(self, loader: Loader, count: int, heads: int, *, max_len: int) -> None:
+        self._table = Embedding(loader, "distance_bias", count, heads)
+        self._reach = max_len - 1
+        distance = torch.arange(-self._reach, self._reach + 1)  # of key and row
+        half = count // 2
+        near = half // 2
+        far = distance.abs().float().clamp_min(1) / near
+        steps = torch.log(far) / math.log(FARTHEST / near) * (half - near)
+        shared = (near + steps.long()).clamp_max(half - 1)
+        row = torch.where(distance.abs() < near, distance.abs(), shared)
+        self._row_of = (row + (distance > 0) * half).to(loader.device)
+
+    def __call__(self, visible: Tensor) -> Tensor:
+        """[S, heads, L, L] in the model's dtype: the biases, -inf where nothing is seen."""
+        at = torch.arange(visible.shape[-1], device=visible.device)
+        distance = (at[None, :] - at[:, None]).clamp(-self._reach, self._reach)
+        bias = self._table(self._row_of[distance + self._reach]).permute(2, 0, 1)
+        return torch.where(visible, bias[None], float("-inf"))
+
+
 class EncoderAttention:
     """Projections, rotation, softmax over both sides, projection."""
 
@@ -125,7 +159,7 @@ class EncoderAttention:
             )
 
     def __call__(self, x: Tensor, batch: StepBatch, visible: Tensor) -> Tensor:
-        """[T, hidden] of x [T, hidden]; visible [S, 1, 1 or L, L]."""
+        """[T, hidden] of x [T, hidden]; visible [S, 1 or heads, 1 or L, L], bool or added."""
         T, S = x.shape[0], batch.bucket.seqs
         q, k, v = (
             part.reshape(T, self._heads, self._head_dim) for part in self._qkv(x).chunk(3, -1)
@@ -195,6 +229,11 @@ class Encoder:
         self._types = (
             Embedding(loader, "token_types", plan.token_types, hidden) if plan.token_types else None
         )
+        self._bias = (
+            DistanceBias(loader, plan.distances, config.num_heads, max_len=max_len)
+            if plan.distances
+            else None
+        )
         self._embed_norm = LayerNorm(loader, "embed_norm", hidden, plan.norm_eps, plan.norm_bias)
         tables: dict[str, Tensor] = {}
         self._layers = []
@@ -227,6 +266,8 @@ class Encoder:
             x = x + self._types(batch.extra[TOKEN_TYPES])
         x = self._embed_norm(x)
         masks = {layer.reach: padded.visible(layer.reach) for layer in self._plan.layers}
+        if self._bias is not None:
+            masks = {reach: self._bias(mask) for reach, mask in masks.items()}
         for layer, plan in zip(self._layers, self._plan.layers, strict=True):
             x = layer(x, batch, masks[plan.reach])
         if self._final is not None:

@@ -28,6 +28,7 @@ ENCODERS: Mapping[str, str] = {
     "XLMRoberta": "bert:plan_roberta",
     "DistilBert": "bert:plan_distilbert",
     "ModernBert": "modernbert:plan",
+    "MPNet": "bert:plan_mpnet",
 }
 """Family -> file and function in `families/`."""
 ENDINGS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining")

@@ -274,7 +274,7 @@ def _classifier_layers(
     family = config.architecture.removesuffix("ForSequenceClassification")
     if family == "Bert":
         return (layer("bert.pooler.dense", H, "tanh"), layer("classifier", n)), "cls"
-    if family in ("Roberta", "XLMRoberta"):
+    if family in ("Roberta", "XLMRoberta", "MPNet"):
         return (layer("classifier.dense", H, "tanh"), layer("classifier.out_proj", n)), "cls"
     if family == "DistilBert":
         return (layer("pre_classifier", H, "relu"), layer("classifier", n)), "cls"

@@ -41,8 +41,8 @@ RUNGS = ((128, 16), (512, 32), (2048, 64))
 
 
 def rung(num_tokens: int) -> int:
-    """Length that a text is padded to on a device without buckets: at most a sixth of it is padding
-    from 80 tokens on.
+    """Length that a text is padded to on a device without buckets: at most a fifth of it is padding
+    from 65 tokens on.
     """
     step = next((step for most, step in RUNGS if num_tokens <= most), 128)
     return -(-num_tokens // step) * step

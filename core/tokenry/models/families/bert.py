@@ -1,5 +1,6 @@
-"""BERT and its kin: RoBERTa and XLM-R (positions begin after the padding's), DistilBERT (no token
-types, other names). MiniLM, E5, BGE and GTE are BERT or XLM-R with other sizes.
+"""BERT and its kin: RoBERTa and XLM-R (positions begin after the padding's), MPNet (so, and scores
+know distances), DistilBERT (no token types, other names). MiniLM, E5, BGE and GTE are BERT or XLM-R
+with other sizes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ _LAYER = {
     "attention.self.value": "attention.v_proj",
     "attention.output.dense": "attention.o_proj",
     "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "mlp.up_proj",
+    "output.dense": "mlp.down_proj",
+    "output.LayerNorm": "mlp_norm",
+}
+_MPNET_LAYER = {
+    "attention.attn.q": "attention.q_proj",
+    "attention.attn.k": "attention.k_proj",
+    "attention.attn.v": "attention.v_proj",
+    "attention.attn.o": "attention.o_proj",
+    "attention.LayerNorm": "attention_norm",
     "intermediate.dense": "mlp.up_proj",
     "output.dense": "mlp.down_proj",
     "output.LayerNorm": "mlp_norm",
@@ -71,6 +82,20 @@ def plan_roberta(config: ModelConfig) -> EncoderPlan:
         first_position=config.trained_len - config.max_len,
         token_types=config.get("type_vocab_size", 2),
         rename=named_as(_EMBEDDINGS, _LAYER, prefixes=("roberta.",), layers="encoder.layer."),
+    )
+
+
+def plan_mpnet(config: ModelConfig) -> EncoderPlan:
+    """As RoBERTa without token types; one table of distances for all layers."""
+    names = {**_EMBEDDINGS, "encoder.relative_attention_bias": "distance_bias"}
+    return EncoderPlan(
+        layers=(EncoderLayerPlan(),) * config.num_layers,
+        act=activation_of(config),
+        norm_eps=config.get("layer_norm_eps", 1e-12),
+        positions=config.trained_len,
+        first_position=config.trained_len - config.max_len,
+        distances=config.get("relative_attention_num_buckets", 32),
+        rename=named_as(names, _MPNET_LAYER, prefixes=("mpnet.",), layers="encoder.layer."),
     )
 
 
