@@ -1,0 +1,127 @@
+"""Triton kernels run by Triton's interpreter on the host, with its arithmetic put right.
+
+The interpreter of triton 3.6 keeps bfloat16 values as their 16-bit patterns and computes on those
+patterns (sums, products, comparisons, dots), and it truncates where a device rounds. `install`
+widens bfloat16 to float32 before each operation and rounds to nearest even after it. It also lets a
+loaded scalar be a loop bound under numpy 2.4.
+
+For tests only. TRITON_INTERPRET=1 must be in the environment before triton is imported first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def widen(bits):
+    """float32 values of bfloat16 patterns (uint16)."""
+    wide = np.ascontiguousarray(bits).astype(np.uint32) << 16
+    return wide.view(np.float32).reshape(np.shape(bits))
+
+
+def narrow(values):
+    """bfloat16 patterns of float32 values, rounded to nearest, ties to even."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(np.shape(values))
+
+
+def _is_bf16(handle):
+    return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
+
+
+def _wide(handle):
+    return TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _in_float32(method):
+    """A builder method over handles and a numpy function, with bfloat16 handles widened."""
+
+    def call(self, *args):
+        handles, function = args[:-1], args[-1]
+        if not any(map(_is_bf16, handles)):
+            return method(self, *args)
+        out = method(self, *map(_wide, handles), function)
+        if out.data.dtype == bool:
+            return out
+        return TensorHandle(narrow(out.data), tl.bfloat16)
+
+    return call
+
+
+def _casts(cast, fp_to_fp):
+    def cast_impl(self, source, to):
+        source = _wide(source)
+        if to.scalar == tl.bfloat16:
+            return TensorHandle(narrow(source.data.astype(np.float32)), tl.bfloat16)
+        return source if source.dtype.scalar == to.scalar else cast(self, source, to)
+
+    def create_fp_to_fp(self, source, to, rounding):
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return TensorHandle(narrow(source.data), tl.bfloat16)
+        return fp_to_fp(self, source, to, rounding)
+
+    return cast_impl, create_fp_to_fp
+
+
+def _dots(dot):
+    def create_dot(self, a, b, accumulator, *rest):
+        return dot(self, _wide(a), _wide(b), accumulator, *rest)
+
+    return create_dot
+
+
+def _reductions(apply):
+    """The result stays float32: a device promotes bfloat16 before it reduces, too."""
+
+    def apply_impl(self, given):
+        parts = given if isinstance(given, tuple) else (given,)
+        if not any(p.dtype.scalar == tl.bfloat16 for p in parts):
+            return apply(self, given)
+        wide = tuple(
+            self.to_tensor(widen(p.handle.data), tl.float32)
+            if p.dtype.scalar == tl.bfloat16 else p
+            for p in parts
+        )  # fmt: skip
+        return apply(self, wide if isinstance(given, tuple) else wide[0])
+
+    return apply_impl
+
+
+def _indices(patch):
+    """Tensors that `range` takes: numpy 2.4 refuses an array of one element as a scalar."""
+
+    def patched(tensor, *scope):
+        result = patch(tensor, *scope)
+
+        def index(self):
+            return int(np.asarray(self.handle.data).reshape(-1)[0])
+
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+        return result
+
+    return patched
+
+
+def install():
+    """Put the interpreter of this process right, once."""
+    if getattr(InterpreterBuilder, "put_right", False):
+        return
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        if hasattr(InterpreterBuilder, name):
+            setattr(InterpreterBuilder, name, _in_float32(getattr(InterpreterBuilder, name)))
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp = _casts(
+        InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
+    )
+    InterpreterBuilder.create_dot = _dots(InterpreterBuilder.create_dot)
+    reductions = interpreter.ReduceOps
+    reductions.apply_impl = _reductions(reductions.apply_impl)
+    interpreter._patch_lang_tensor = _indices(interpreter._patch_lang_tensor)
+    InterpreterBuilder.put_right = True

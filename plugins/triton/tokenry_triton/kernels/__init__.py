@@ -1,0 +1,1 @@
+"""What Triton compiles, and nothing else: no launch, no architecture, no torch."""
