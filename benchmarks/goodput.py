@@ -1,6 +1,6 @@
 """How many requests per second come within their latency targets: `slo` beside `fcfs`.
 
-    python benchmarks/goodput.py                       # in simulated time, a table and a JSON file
+    python benchmarks/goodput.py --out F.json --plot F.png      # in simulated time, and a table
     python benchmarks/goodput.py --url http://127.0.0.1:8000 --scale 2    # a server that runs
 
 One bursty load (`make_load`: seeded, so it is the same everywhere; --load FILE replays a recorded
@@ -121,6 +121,11 @@ def _request(at_s: float, chance: random.Random) -> Arrival:
 def faster(load: list[Arrival], scale: float) -> list[Arrival]:
     """The same requests at `scale` times their rate."""
     return [replace(arrival, at_s=arrival.at_s / scale) for arrival in load]
+
+
+def shorter(load: list[Arrival], by: int) -> list[Arrival]:
+    """The same requests with lengths divided, for a small model's context."""
+    return [replace(a, prompt=max(1, a.prompt // by), answer=max(2, a.answer // by)) for a in load]
 
 
 def simulate(
@@ -271,12 +276,15 @@ def main() -> None:
     parser.add_argument("--url", help="a server that runs, instead of simulated time")
     parser.add_argument("--model", help="which of the server's models")
     parser.add_argument("--scale", type=float, default=1.0, help="with --url: speed of the load")
+    parser.add_argument("--shorter", type=int, default=1, help="divide all lengths by this")
     parser.add_argument("--out", help="JSON file of the results")
+    parser.add_argument("--plot", help="PNG of goodput and share over the rate (extra [bench])")
     args = parser.parse_args()
     load = make_load(seconds=args.seconds, rate=args.rate, seed=args.seed)
     if args.load:
         lines = Path(args.load).read_text(encoding="utf-8").splitlines()
         load = [Arrival(**json.loads(line)) for line in lines]
+    load = shorter(load, args.shorter)
     if args.save:
         text = "".join(json.dumps(asdict(arrival)) + "\n" for arrival in load)
         Path(args.save).write_text(text, encoding="utf-8")
@@ -286,10 +294,33 @@ def main() -> None:
         outcomes = asyncio.run(drive(moved, args.url, args.model))
         show([judge(moved, outcomes, args.url, args.scale)])
         return
-    compare(load, args.out)
+    results = compare(load, args.out)
+    if args.plot:
+        draw(results, args.plot)
 
 
-def compare(load: list[Arrival], out: str | None) -> None:
+def draw(results: list[Result], path: str) -> None:
+    """Both policies over the rate: goodput, and the share within targets."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    for policy in POLICIES:
+        own = [r for r in results if r.policy == policy]
+        rates = [r.rate for r in own]
+        panels[0].plot(rates, [r.goodput for r in own], marker="o", label=policy)
+        panels[1].plot(rates, [r.share * 100 for r in own], marker="o", label=policy)
+    for panel, title in zip(panels, ("goodput, requests/s", "within targets, %"), strict=True):
+        panel.set(xlabel="requests with targets per second", title=title, ylim=(0, None))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def compare(load: list[Arrival], out: str | None) -> list[Result]:
     """The table of both policies, in simulated time."""
     limits = EngineLimits(
         num_blocks=16384,
@@ -316,6 +347,7 @@ def compare(load: list[Arrival], out: str | None) -> None:
     if out:
         data = {"results": [asdict(r) for r in results], "capacity_scale": capacity}
         Path(out).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return results
 
 
 def show(results: list[Result]) -> None:
