@@ -65,7 +65,8 @@ def run(
     model = read_config(path)
     pooling = plan_pooling(path, model, method=method)
     assert pooling is not None
-    spec = load_encoder(path, model, pooling, dtype="float32", max_model_len=90)
+    length = model.max_len - 1
+    spec = load_encoder(path, model, pooling, dtype="float32", max_model_len=length)
     weights = spec.weights(lambda share: None)
     step = backend.build_model(spec, weights, OpTable(backend.ops()))
     L, S = max(map(len, texts)) + pad, len(texts) + empty_rows
@@ -125,6 +126,17 @@ def test_a_text_gives_the_same_bits_whatever_its_neighbours(
     for row, text in zip(together, texts, strict=True):
         alone = run(tmp_path, backend, [text], method="mean", pad=longest - len(text), empty_rows=0)
         assert torch.equal(row, alone[0])
+
+
+@pytest.mark.parametrize("config", ["MPNetConfig", "ModernBertConfig"])
+def test_tokens_far_from_each_other_are_seen_as_trained(
+    tmp_path: Path, backend: Backend, config: str
+) -> None:
+    model = make(tmp_path, config, max_position_embeddings=402)
+    ids = torch.randint(5, VOCAB, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+    rows = run(tmp_path, backend, [ids, ids[:201]], method="last", pad=7)
+    for row, text in zip(rows, (ids, ids[:201]), strict=True):
+        torch.testing.assert_close(row, oracle(model, text, "last"), atol=1e-5, rtol=1e-5)
 
 
 def test_the_texts_of_a_pair_are_told_apart(
