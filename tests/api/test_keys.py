@@ -227,3 +227,24 @@ def test_metrics_can_be_closed(start_toy):
     assert server.http.get("/metrics").status_code == 401
     assert server.http.get("/readyz").status_code == 200
     server.close()
+
+
+def test_a_full_queue_is_503_with_the_time_to_wait_and_never_429(start_toy):
+    server = start_toy({"max_queue": 0}, TOY_STEP_S="0.02").wait_ready()  # 64 may run
+    thread = threading.Thread(target=lambda: ask(server, "none", max_tokens=200, n=64))
+    thread.start()
+    for _ in range(200):
+        refused = ask(server, "none")
+        if refused.status_code != 200:
+            break
+        time.sleep(0.01)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+    assert int(refused.headers["retry-after"]) >= 1
+    always = ask(server, "none", n=65)
+    assert (always.status_code, always.json()["error"]["param"]) == (400, "n")
+    assert 'requests_refused_total{model_name="demo",reason="overloaded"}' in (
+        server.http.get("/metrics").text
+    )
+    thread.join(30)
+    assert ask(server, "none").status_code == 200
+    server.close()
