@@ -15,6 +15,8 @@ import httpx2
 import openai
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional
 
 pytestmark = pytest.mark.slow
@@ -259,6 +261,39 @@ def test_classes_and_pooling(server: Server, classes: Any, bert: Any, ask: Any) 
     near(pooled["data"][0]["data"], ask(bert[1], [1, 5, 2]).mean(0))
     wrong = {"model": "classes", "input": "w1", "normalize": False}
     assert refused(server, "/pooling", **wrong)["param"] == "normalize"
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8"), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner),
+    max_leaves=4,
+)  # fmt: skip
+FIELDS = (
+    "input", "query", "documents", "text_1", "text_2", "queries", "dimensions", "top_n",
+    "encoding_format", "truncate_prompt_tokens", "max_tokens_per_doc", "normalize", "task",
+    "use_activation", "add_special_tokens", "priority", "request_id", "return_documents", "user",
+)  # fmt: skip
+USUAL = {
+    "input": ["w1", "w2"], "query": "w1", "documents": ["w2"], "text_1": "w1", "text_2": "w2",
+}  # fmt: skip
+
+
+@given(
+    path=st.sampled_from(
+        ["/v1/embeddings", "/pooling", "/classify", "/score", "/v1/rerank", "/v2/rerank"]
+    ),
+    model=st.sampled_from(["embed", "cross", "classes", "text"]),
+    fields=st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=3),
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_body_is_a_fault_of_the_server(
+    server: Server, path: str, model: str, fields: dict[str, Any]
+) -> None:
+    answer = server.http.post(path, json={**USUAL, **fields, "model": model})
+    assert answer.status_code in (200, 400), (path, model, fields, answer.text)
 
 
 def test_unknown_fields_are_told(server: Server) -> None:
