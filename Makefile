@@ -90,7 +90,7 @@ $(VENV)/serve: $(VENV)/pip pyproject.toml plugins/cpu/pyproject.toml demo/pyproj
 
 $(VENV)/dev: $(VENV)/serve
 	@echo "tokenry: installing what the tests need (about a minute)"
-	@$(INSTALL) --no-build-isolation -e '.[bench,dev,otel,hf]' -e plugins/hpu -e plugins/neuron -e plugins/triton
+	@$(INSTALL) --no-build-isolation -e '.[bench,dev,otel,hf]' -e plugins/hpu -e plugins/neuron -e plugins/triton -e plugins/cuda -e plugins/rocm
 	@touch $@
 
 $(VENV)/clients: $(VENV)/dev

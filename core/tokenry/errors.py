@@ -157,6 +157,12 @@ class DeviceOOM(TokenryError):
     """The device has no memory for an allocation; it stays usable."""
 
 
+class DeviceLost(TokenryError):
+    """The device, or this process's hold on it, is beyond use: every later step would fail, too, so
+    the engine ends with this as its cause.
+    """
+
+
 class Unsupported(TokenryError):
     """An op or a request parameter that this backend cannot serve; `why` is in the message."""
 

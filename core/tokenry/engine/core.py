@@ -8,6 +8,7 @@ or processes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import traceback
@@ -18,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from tokenry.engine.gate import Gate, Grammars
 from tokenry.engine.limits import EngineLimits
 from tokenry.engine.scheduler import Scheduler
-from tokenry.errors import Refusal, RequestError, TokenryError
+from tokenry.errors import DeviceLost, Refusal, RequestError, TokenryError
 from tokenry.messages import AddRequest, Stats, TokensEvent
 from tokenry.plan import StepPlan, StepResult, StepRunner
 
@@ -128,7 +129,8 @@ class EngineCore:
     def close(self) -> None:
         """Wait for the steps in flight and stop the worker thread."""
         while self._in_flight:
-            self._finish_oldest()
+            with contextlib.suppress(DeviceLost):  # it was told when it was met first
+                self._finish_oldest()
         if self._worker is not None:
             self._worker.shutdown()
         self._gate.close()
@@ -162,6 +164,9 @@ class EngineCore:
         ]  # taken out once it has ended: an interrupt may come first
         try:
             result = future.result()()
+        except DeviceLost:  # the engine ends with it, and so do all requests
+            self._in_flight.popleft()
+            raise
         except (
             Exception
         ) as error:  # no request may end the engine: the cause goes to the step's requests

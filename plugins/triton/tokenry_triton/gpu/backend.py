@@ -1,0 +1,185 @@
+"""A GPU of torch's "cuda" type as a `Backend`: memory, copies, programs, kernels.
+
+The vendors differ in what their plugins hand in: the architecture's name, which dtypes and which
+FP8 it has. Steps run on the current stream; the host waits only in the function that `fetch` gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenry.backend.base import KV, Backend, ModelSpec, Op, Program, StepBatch, StepFn, WeightIter
+from tokenry.backend.contract import Caps, KVPlan, KVSpec, MemoryInfo
+from tokenry.backend.ops import OpTable
+from tokenry.errors import ConfigError
+from tokenry_triton.gpu.graphs import Captures
+from tokenry_triton.gpu.memory import plan_kv, read_memory, typed_errors
+from tokenry_triton.gpu.ops import torch_ops
+from tokenry_triton.gpu.options import GpuOptions
+
+log = logging.getLogger("tokenry.gpu")
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """What a plugin knows of the device.
+
+    arch  of the kernels' launch tables: sm_90, gfx942, ...
+    """
+
+    backend: str
+    index: int
+    arch: str
+    dtypes: tuple[str, ...]
+    fp8: Literal["none", "e4m3fn", "e4m3fnuz"]
+
+
+class GpuBackend(Backend):
+    """Runs the core's model; decode steps are captured and replayed."""
+
+    def __init__(self, gpu: Gpu, options: GpuOptions) -> None:
+        if options.linear == "fp8" and gpu.fp8 == "none":
+            raise ConfigError(
+                f"--backend-option linear=fp8: {gpu.arch} has no FP8 products.",
+                mend="leave it out",
+            )
+        self._index = gpu.index
+        self._options = options
+        self._captures = Captures(gpu.index)
+        self._ops = pick_ops(gpu, options)
+        self.caps = Caps(
+            input_device=f"cuda:{gpu.index}",
+            dtypes=gpu.dtypes,
+            fp8=gpu.fp8,
+            block_sizes=(16, 32, 64),
+            graphs="none" if options.graphs == "none" else "capture",
+            dist="nccl",  # torch's name for RCCL, too
+        )
+
+    def memory(self) -> MemoryInfo:
+        """The driver's count, less what torch's allocator has spare."""
+        return read_memory(self._index)
+
+    def synchronize(self) -> None:
+        """All streams of the device."""
+        with typed_errors("a step before this", self._index):
+            torch.cuda.synchronize(self._index)
+
+    def fetch(self, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
+        """One copy for all of them, into pinned memory, behind what was launched so far; what is
+        launched later is not waited for.
+        """
+        kinds = [(tuple(t.shape), t.dtype, t.nbytes) for t in tensors]
+        parts = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors if t.numel()]
+        with typed_errors("the results of a step", self._index):
+            flat = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+            # pinned memory comes from torch's cache, which gives it away again only after the copy
+            host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)
+            host.copy_(flat, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            done.record(torch.cuda.current_stream(self._index))
+
+        def wait() -> list[NDArray[Any]]:
+            with typed_errors("a step", self._index):
+                done.synchronize()
+            return _arrays(host.numpy(), kinds)
+
+        return wait
+
+    def plan_kv(self, spec: KVSpec, budget: int, probe: Callable[[], None] | None) -> KVPlan:
+        """With the probe's real peak, and memory kept for programs."""
+        kept: int | None = self._options.graph_memory * MIB or None
+        if self.caps.graphs == "none":
+            kept = 0
+        return plan_kv(self._index, spec, budget, probe, programs=kept)
+
+    def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
+        """As the base class, of memory that nothing cached stands in the way of."""
+        torch.cuda.empty_cache()
+        return super().alloc_kv(spec, num_blocks)
+
+    def ops(self) -> Mapping[str, Op]:
+        """Triton's kernels or torch's."""
+        return self._ops
+
+    def build_model(self, spec: ModelSpec, weights: WeightIter, ops: OpTable) -> StepFn:
+        """The core's model, on this device whatever the thread, with errors in the core's words."""
+        with typed_errors("the weights", self._index, "a smaller model or --dtype"):
+            step = super().build_model(spec, weights, ops)
+
+        def run(batch: StepBatch, kv: KV) -> Tensor:
+            with (
+                torch.accelerator.device_index(self._index),
+                typed_errors(f"a step of {batch.bucket}", self._index),
+            ):
+                return step(batch, kv)
+
+        return run
+
+    def compile(self, step: Program, example: StepBatch) -> Program:
+        """Capture it."""
+        if self.caps.graphs == "none":
+            return step
+        with torch.accelerator.device_index(self._index):
+            replay = self._captures.make(step, example)
+
+        def program(batch: StepBatch) -> Tensor:
+            with (
+                torch.accelerator.device_index(self._index),
+                typed_errors(f"a step of {batch.bucket}", self._index),
+            ):
+                return replay(batch)
+
+        return program
+
+    def compile_count(self) -> int:
+        """Programs captured."""
+        return self._captures.made
+
+    def program_bytes(self) -> int | None:
+        """What the driver has less since they were captured."""
+        return None if self.caps.graphs == "none" else self._captures.bytes
+
+
+def _arrays(
+    host: NDArray[np.uint8], kinds: Sequence[tuple[tuple[int, ...], torch.dtype, int]]
+) -> list[NDArray[Any]]:
+    """Copies of the packed tensors."""
+    found: list[NDArray[Any]] = []
+    at = 0
+    for shape, dtype, size in kinds:
+        raw = torch.from_numpy(host[at : at + size].copy())
+        found.append(raw.view(dtype).view(shape).numpy())
+        at += size
+    return found
+
+
+def pick_ops(gpu: Gpu, options: GpuOptions) -> Mapping[str, Op]:
+    """Triton's kernels where they are wanted and installed, over those of plain torch."""
+    plain = torch_ops(gpu.fp8, fp8_linear=options.linear == "fp8")
+    if options.kernels == "torch":
+        return plain
+    missing = [m for m in ("triton", "tokenry_triton.ops") if find_spec(m) is None]
+    if missing:
+        text = f"The {gpu.backend} backend has no Triton kernels here ({missing[0]} is missing)"
+        if options.kernels == "triton":
+            raise ConfigError(f"{text}.", mend="pip install triton, or kernels=torch")
+        log.warning("%s: plain torch computes instead, more slowly.", text)
+        return plain
+    from tokenry_triton.ops import triton_ops
+
+    chosen: Mapping[str, str] = {"linear": options.linear, "fp8": gpu.fp8}
+    found = dict(triton_ops(gpu.arch, chosen))
+    if options.linear == "fp8":
+        found.pop("linear", None)  # torch's own FP8 product
+    return {**plain, **found}

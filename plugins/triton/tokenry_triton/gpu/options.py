@@ -1,0 +1,58 @@
+"""`--backend-option` of the GPU backends, from strings. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tokenry.errors import ConfigError
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "kernels": ("auto", "triton", "torch"),
+    "graphs": ("capture", "none"),
+    "linear": ("model", "fp8"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuOptions:
+    """What can be chosen; the rest follows from the device.
+
+    kernels  triton, torch (plain, for finding errors); auto: triton's where it is installed
+    graphs   capture: programs are recorded once and replayed; none: every kernel by itself
+    linear   model: in the model's dtype; fp8: weights quantised at load, one scale per output row,
+             activations as they come, one scale per token
+    graph_memory  MiB kept for programs when the KV is planned; 0: as much as the largest step took
+    """
+
+    kernels: str = "auto"
+    graphs: str = "capture"
+    linear: str = "model"
+    graph_memory: int = 0
+
+    @classmethod
+    def parse(cls, backend: str, options: Mapping[str, str]) -> GpuOptions:
+        """Raises ConfigError for a name or a value that is none."""
+        values: dict[str, Any] = dict(options)
+        known = [f.name for f in fields(cls)]
+        for key, value in options.items():
+            if key not in known:
+                raise ConfigError(
+                    f"The {backend} backend has no option {key!r}, it has {', '.join(known)}.",
+                    mend="--backend-option kernels=auto",
+                )
+            if key in CHOICES and value not in CHOICES[key]:
+                raise ConfigError(
+                    f"--backend-option {key}={value}: it is one of {', '.join(CHOICES[key])}.",
+                    mend=f"--backend-option {key}={CHOICES[key][0]}",
+                )
+        if "graph_memory" in values:
+            text = values["graph_memory"]
+            if not (text.isascii() and text.isdecimal()):
+                raise ConfigError(
+                    f"--backend-option graph_memory={text}: not a whole number of MiB.",
+                    mend="--backend-option graph_memory=1024",
+                )
+            values["graph_memory"] = int(text)
+        return cls(**values)
