@@ -1,5 +1,6 @@
 """Beam search of the demo model is transformers' beam search; sampling extras survive crowding."""
 
+import msgspec
 import pytest
 import torch
 
@@ -13,8 +14,8 @@ CROWDED = {"num_kv_blocks": 12, "max_num_seqs": 4, "max_num_batched_tokens": 32}
 
 
 def make(**values):
-    given = {"max_model_len": 128, "num_kv_blocks": 80, "dtype": "float32", **values}
-    return LLM("demo", backend="cpu", progress=False, **given)
+    given = {"max_model_len": 128, "num_kv_blocks": 80, "dtype": "float32", "backend": "cpu"}
+    return LLM("demo", progress=False, **{**given, **values})
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,23 @@ def test_extras_draw_the_same_alone_in_a_batch_overlapped_and_after_a_preemption
             preemptions = other.get_metrics().num_preemptions
         assert got == together
     assert preemptions > 0
+
+
+@pytest.mark.parametrize("backend", ["sim-opaque", "sim-hpu", "sim-neuron"])
+def test_devices_with_other_rules_search_and_draw_the_same(llm, backend):
+    params = BeamSearchParams(beam_width=3, max_tokens=10)
+    few = [msgspec.structs.replace(one, max_tokens=10) for one in EXTRAS]
+    prompts = [PROMPTS[i % 3] for i in range(len(few))]
+
+    def both(engine):
+        beams = [[s.tokens for s in o.sequences] for o in engine.beam_search(PROMPTS, params)]
+        drawn = [o.outputs[0].token_ids for o in engine.generate(prompts, few, use_tqdm=False)]
+        return beams, drawn
+
+    small = {"max_model_len": 64, "num_kv_blocks": 40, "max_num_seqs": 4}
+    with make(backend=backend, max_num_batched_tokens=64, **small) as other:
+        assert both(other) == both(llm)
+        other._engine.check_integrity()
 
 
 def test_no_repeated_bigram_and_less_repetition_are_seen_in_the_tokens(llm):

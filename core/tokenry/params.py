@@ -20,7 +20,7 @@ from tokenry.structured import StructuredOutputs, structured_outputs
 MAX_LOGPROBS = 20
 """Most alternatives that `logprobs` and `prompt_logprobs` may ask for, as in OpenAI's API."""
 
-MAX_BREAKERS, MAX_BREAKER = 64, 64
+MAX_BREAKERS, MAX_BREAKER = 16, 64
 """Most `dry_sequence_breakers`, and most characters of one: each is looked for in the text of every
 token.
 """

@@ -78,6 +78,16 @@ def searched(prompt, width, max_tokens, ends, length_penalty, early):
     return [tokens for _, tokens in (done + beams)[:width]]
 
 
+def sharing(message, source):
+    """The message of one more completion of the same prompt."""
+    return AddRequest(
+        request_id=message.request_id,
+        token_ids=message.token_ids,
+        params=message.params,
+        source=source,
+    )
+
+
 def beam_request(name, prompt, width, **params):
     values = {"n": width, "beam_width": width, "max_tokens": 6, **params}
     return AddRequest(
@@ -106,7 +116,8 @@ SEARCHES = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(
     load=SEARCHES,
-    others=st.integers(0, 3),
+    others=st.integers(0, 4),
+    gone_at=st.integers(1, 12),
     overlap=st.booleans(),
     caching=st.booleans(),
     forks=st.booleans(),
@@ -115,7 +126,7 @@ SEARCHES = st.lists(
     seqs=st.sampled_from([2, 8]),
 )
 def test_a_search_finds_its_answers_whatever_the_engine_does(
-    load, others, overlap, caching, forks, num_blocks, budget, seqs
+    load, others, gone_at, overlap, caching, forks, num_blocks, budget, seqs
 ):
     settings_ = limits(
         num_blocks=num_blocks,
@@ -149,8 +160,11 @@ def test_a_search_finds_its_answers_whatever_the_engine_does(
             if gone and step == arrival + 3:
                 engine.abort([f"b{i}#0"])
         if step < others:
-            plain[f"r{step}"] = request(f"r{step}", [3, 4, 5, 6, step], max_tokens=9)
+            one = request(f"r{step}", range(3, 14), max_tokens=9, seed=step)
+            plain[f"r{step}"] = sharing(one, "r0" if step else None)
             engine.add(plain[f"r{step}"])
+        if step == gone_at and plain.pop("r0", None):
+            engine.abort(["r0"])
         for event in engine.step():
             events.setdefault(event.request_id, []).append(event)
         engine.check_integrity()
@@ -193,14 +207,7 @@ def test_completions_of_one_prompt_hold_it_once_and_compute_it_once(caching, ove
     for i in range(4):
         message = request(f"r#{i}", range(2, 42), max_tokens=8, seed=i)
         source = "r#0" if i else None
-        engine.add(
-            AddRequest(
-                request_id=message.request_id,
-                token_ids=message.token_ids,
-                params=message.params,
-                source=source,
-            )
-        )
+        engine.add(sharing(message, source))
     assert engine.stats().num_waiting == 4
     assert most_blocks(engine) == 9 + 4 * 3  # the last block of the prompt is each one's own
     computed = sum(plan.num_tokens for plan in runner.plans)
@@ -213,11 +220,7 @@ def test_without_forks_nobody_waits_for_another():
     engine = EngineCore(limits(forks=False, prefix_caching=False), runner)
     for i in range(2):
         one = request(f"r#{i}", range(2, 42), max_tokens=3, seed=i)
-        engine.add(
-            AddRequest(
-                request_id=one.request_id, token_ids=one.token_ids, params=one.params, source="r#0"
-            )
-        )
+        engine.add(sharing(one, "r#0"))
     drain(engine)
     assert sum(plan.num_tokens for plan in runner.plans) == 2 * (40 + 2)
 
@@ -228,14 +231,7 @@ def test_an_aborted_or_failed_first_completion_frees_those_that_waited_for_it():
         engine = EngineCore(limits(), OracleRunner(4, bad_rows=bad))
         for i in range(3):
             one = request(f"r#{i}", range(2, 22), max_tokens=3, seed=i)
-            engine.add(
-                AddRequest(
-                    request_id=one.request_id,
-                    token_ids=one.token_ids,
-                    params=one.params,
-                    source="r#0" if i else None,
-                )
-            )
+            engine.add(sharing(one, "r#0" if i else None))
         if not failing:
             engine.abort(["r#0"])
         engine.abort(["r#2"])

@@ -36,6 +36,6 @@ class Breakers:
 
     def _vocabulary(self) -> list[str]:
         if self._texts is None:
-            size = self._tokenizer.vocab_size
-            self._texts = [self._tokenizer.token_text(i) for i in range(size)]
+            ids = [[i] for i in range(self._tokenizer.vocab_size)]
+            self._texts = self._tokenizer.core.decode_batch(ids, skip_special_tokens=False)
         return self._texts

@@ -31,18 +31,19 @@ def dry_penalties(draw: Draw) -> dict[int, float]:
     history = draw.history[-p.dry_range :] if p.dry_range else draw.history
     if not p.dry_multiplier or len(history) < 2 or int(history[-1]) in p.dry_breaker_ids:
         return {}
-    breaks = np.isin(history, p.dry_breaker_ids)
+    breakers = np.array(p.dry_breaker_ids, np.int32)
+    longest = min(_longest(p.dry_base, p.dry_multiplier) + p.dry_allowed_length, len(history))
+    ends = np.isin(history[-longest:], breakers)[::-1]
+    reach = int(ends.argmax()) if ends.any() else longest  # tokens from the last to a breaker
     at = np.flatnonzero(history[:-1] == history[-1])
-    at = at[~breaks[at + 1]]
-    longest = _longest(p.dry_base, p.dry_multiplier) + p.dry_allowed_length
+    at = at[~np.isin(history[at + 1], breakers)]
     best: dict[int, int] = {}
-    for length in range(1, len(history)):
-        for token in np.unique(history[at + 1]).tolist():
-            best[token] = length
-        if length >= longest or breaks[-1 - length]:
-            break
-        at = at[at >= length]
-        at = at[history[at - length] == history[-1 - length]]
+    for length in range(1, reach + 1):
+        longer = (at >= length) & (length < reach)
+        longer[longer] = history[at[longer] - length] == history[len(history) - 1 - length]
+        over = at[~longer]
+        best.update(dict.fromkeys(np.unique(history[over + 1]).tolist(), length))
+        at = at[longer]
         if not len(at):
             break
     least = p.dry_allowed_length
