@@ -56,7 +56,6 @@ class Run:
         self._heard_s = self._arrival_s
         self._timer: asyncio.TimerHandle | None = None
         self._last_s: dict[tuple[int, int], float] = {}
-        self._first: Update | None = None
 
     def submit(
         self,
@@ -124,11 +123,11 @@ class Run:
         """Until the engine has told of what takes it time to check, a grammar: raises what it
         refuses, so that a stream's status line can say so.
         """
-        self._first = await self._queue.get()
-        if self._first.error is not None:
+        first = await self._queue.get()
+        assert first.output is None, "a request is told that it was let in before its first token"
+        if first.error is not None:
             try:
-                async for _ in self.updates():
-                    pass
+                self._take(first)
             finally:
                 self.close()
 
