@@ -49,6 +49,12 @@ TOOLS = [
         },
     },
 ]
+ARGUMENTS = {
+    "json": '{"now": true, "why": "b"}',
+    "python": "now=true",
+    "tags": "<parameter=now>\ntrue\n</parameter>\n<parameter=why>\nb\n</parameter>\n",
+}
+WRONG = {"json": '{"now": 1', "python": "now=1", "tags": "<parameter=now>\n1"}
 FORMAT_IDS = [known.name for known in FORMATS]
 
 
@@ -97,7 +103,7 @@ def use_of(choice, parallel=True):
 
 
 def read(wanted, use, text):
-    reader = wanted.read(Marks(wanted.marks), use.names)
+    reader = wanted.read(Marks(wanted.marks), use.known)
     pieces = [p for char in text for p in reader.feed(char)] + reader.flush()
     calls, content = [], ""
     for piece in pieces:
@@ -137,7 +143,7 @@ def test_forced_calls_are_read_as_calls(wanted, choice, tokenizer, library):
         assert content == ""
         numbers.add(len(calls))
         for name, arguments in calls:
-            assert name in use.names
+            assert name in use.known
             check_arguments(name, arguments)
     assert numbers and 0 not in numbers
     if choice == "named" or wanted.between is None:
@@ -146,9 +152,7 @@ def test_forced_calls_are_read_as_calls(wanted, choice, tokenizer, library):
 
 @pytest.mark.parametrize("wanted", FORMATS, ids=FORMAT_IDS)
 def test_a_call_as_the_format_writes_it_is_in_its_grammar(wanted, tokenizer, library):
-    arguments = "now=True" if wanted.python else '{"now": true, "why": "b"}'
-    if wanted.python:
-        arguments = "now=true"
+    arguments = ARGUMENTS[wanted.arguments]
     head, call = wanted.before, wanted.head.replace("NAME", "stop") + arguments + wanted.tail
     one = head + call + wanted.after
     two = None if wanted.between is None else head + call + wanted.between + call + wanted.after
@@ -176,7 +180,7 @@ def test_a_call_as_the_format_writes_it_is_in_its_grammar(wanted, tokenizer, lib
 def test_strict_tools_are_bound_where_the_model_chooses_to_call(wanted, tokenizer, library):
     lark = calls_lark(wanted, use_of("auto"), {})
     final = "<|channel|>final<|message|>" if wanted.name == "harmony" else ""
-    wrong = "now=1" if wanted.python else '{"now": 1'
+    wrong = WRONG[wanted.arguments]
     begun = wanted.before + wanted.head.replace("NAME", "stop")
     before = "" if wanted.begins != "mark" else "I look. "
     for text, whole in ((final + "Just text.", True), (before + begun + wrong, False)):

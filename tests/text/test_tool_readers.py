@@ -20,7 +20,10 @@ from tokenry.text.tools_scan import (
 )
 
 BY_NAME = {known.name: known for known in FORMATS}
-KNOWN = frozenset({"weather", "add"})
+KNOWN = {
+    "weather": {"properties": {"city": {"type": "string"}, "days": {"type": "array"}}},
+    "add": {"properties": {"a": {"type": "integer"}, "b": {"type": "number"}}},
+}
 W = {"city": 'Oslo "}]) \\ <tool_call', "days": [1, {"x": None}]}
 A = {"a": 1, "b": -2.5}
 W_JSON, A_JSON = json.dumps(W), json.dumps(A)
@@ -33,6 +36,16 @@ CASES = {
         ("No call, <tool", "No call, <tool", []),
         ('<tool_call>{"name": "add"}</tool_call> Done.', "Done.", [("add", {})]),
         ('<tool_call>nonsense</tool_call>', "<tool_call>nonsense", []),
+    ],
+    "qwen3_coder": [
+        ("Hm.\n<tool_call>\n<function=weather>\n<parameter=city>\n" + W["city"] + "\n</parameter>\n"
+         '<parameter=days>\n[1, {"x": null}]\n</parameter>\n</function>\n</tool_call>\n'
+         "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n-2.5\n</parameter>\n"
+         "</function>\n</tool_call>", "Hm.", BOTH),
+        ("<tool_call>\n<function=add>\n</function>\n</tool_call>\nDone.", "Done.", [("add", {})]),
+        ("<tool_call><function=f><parameter=x>\n1 <b> </parameter></function></tool_call>", "",
+         [("f", {"x": "1 <b> "})]),
+        ("a < b <function", "a < b <function", []),
     ],
     "llama3_json": [
         (f'{{"name": "weather", "parameters": {W_JSON}}}; '
@@ -165,7 +178,7 @@ def test_an_answer_that_was_cut_tells_no_call_twice(case, length):
 ARGUMENTS_AS_WRITTEN = '{"a" :1,\n "b":  [ ] }'
 
 
-@pytest.mark.parametrize("name", [n for n in BY_NAME if not BY_NAME[n].python])
+@pytest.mark.parametrize("name", [n for n in BY_NAME if BY_NAME[n].arguments == "json"])
 def test_arguments_are_told_as_they_are_written(name):
     wanted = BY_NAME[name]
     head = wanted.before + wanted.head.replace("NAME", "add")
@@ -221,6 +234,7 @@ def test_a_scanner_cuts_as_if_the_text_had_come_at_once(pieces):
     ("template", "calls", "thinking"),
     [
         ("{{ '<tool_call>' }} </think>", "hermes", "think"),
+        ("<tool_call> <function=example>", "qwen3_coder", None),
         ("<|python_tag|>", "llama3_json", None),
         ("[func_name1(params_name1=1)] <|python_tag|>", "pythonic", None),
         ("[TOOL_CALLS] [THINK]", "mistral", "mistral"),

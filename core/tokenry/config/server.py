@@ -41,6 +41,7 @@ class ServerConfig:
     tool_parser: Literal[
         "auto",
         "hermes",
+        "qwen3_coder",
         "llama3_json",
         "pythonic",
         "mistral",

@@ -44,9 +44,9 @@ class ToolUse:
     parallel: bool
 
     @property
-    def names(self) -> frozenset[str]:
-        """Of the functions that may be called."""
-        return frozenset(tool.name for tool in self.tools)
+    def known(self) -> dict[str, Mapping[str, Any]]:
+        """Functions that may be called, with their parameters' schemas."""
+        return {tool.name: tool.parameters for tool in self.tools}
 
     @property
     def bound(self) -> bool:

@@ -100,7 +100,7 @@ class AnswerFormat:
         """
         reader: Reader = Plain()
         if use.tools or self.channels:
-            reader = self.tools.read(self.tool_marks, use.names)
+            reader = self.tools.read(self.tool_marks, use.known)
         if self.reasoning is not None:
             begun = prompt is not None and self.reasoning.is_begun(prompt)
             reader = ThinkingReader(self.reasoning, self.thinking_marks, reader, begun=begun)

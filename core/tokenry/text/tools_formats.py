@@ -6,9 +6,9 @@ around a call's name and arguments, of which a grammar is made. A new format is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tokenry.errors import ConfigError
 from tokenry.text.tools_harmony import HARMONY_MARKS, Harmony
@@ -16,6 +16,10 @@ from tokenry.text.tools_marked import DeepSeek, Mistral
 from tokenry.text.tools_parsers import LeadingJson, TaggedJson
 from tokenry.text.tools_python import Pythonic
 from tokenry.text.tools_scan import Marks, Reader
+from tokenry.text.tools_xml import XML_MARKS, XmlCalls
+
+Known = Mapping[str, Mapping[str, Any]]
+"""Functions that may be called, and the schemas of their parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,40 +27,48 @@ class ToolFormat:
     """One way to write calls.
 
     marks        texts that are no content; some are special tokens of the tokenizer.
-    read         makes a reader, of the marks and the names of the functions.
+    read         makes a reader, of the marks and the functions.
     before, after        texts around all calls of an answer.
     head, tail           around one call's arguments; NAME in the head is the function's.
     between              calls; None: there is one call only.
     begins       how an answer with calls is told from one without: by its first mark, wherever it
                  comes; by its first character; by its channel.
-    python       arguments are written as Python's.
+    arguments    how they are written: a JSON object, Python's keywords, a tag each.
     id_length    characters of a call's id.
     """
 
     name: str
     marks: tuple[str, ...]
-    read: Callable[[Marks, frozenset[str]], Reader]
+    read: Callable[[Marks, Known], Reader]
     before: str = ""
     head: str
     tail: str
     between: str | None = "\n"
     after: str = ""
     begins: Literal["mark", "character", "channel"] = "mark"
-    python: bool = False
+    arguments: Literal["json", "python", "tags"] = "json"
     id_length: int = 24
 
     @property
     def beside_json(self) -> bool:
         """Whether a JSON answer can be told from a call by its first character."""
-        return self.begins != "character" or self.python
+        return self.begins != "character" or self.arguments == "python"
 
 
-def _llama(marks: Marks, known: frozenset[str]) -> Reader:
-    return LeadingJson(known, ("<|python_tag|>", ""))
+def _llama(marks: Marks, known: Known) -> Reader:
+    return LeadingJson(frozenset(known), ("<|python_tag|>", ""))
 
 
-def _json(marks: Marks, known: frozenset[str]) -> Reader:
-    return LeadingJson(known, ("```json", "```tool_call", "```tool_code", "```", ""))
+def _json(marks: Marks, known: Known) -> Reader:
+    return LeadingJson(frozenset(known), ("```json", "```tool_call", "```tool_code", "```", ""))
+
+
+def _mistral(marks: Marks, known: Known) -> Reader:
+    return Mistral(marks, frozenset(known))
+
+
+def _deepseek(marks: Marks, known: Known) -> Reader:
+    return DeepSeek(marks, frozenset(known))
 
 
 _DEEPSEEK = (
@@ -77,6 +89,14 @@ FORMATS = (
         tail="}\n</tool_call>",
     ),
     ToolFormat(
+        name="qwen3_coder",
+        marks=XML_MARKS,
+        read=XmlCalls,
+        head="<tool_call>\n<function=NAME>\n",
+        tail="</function>\n</tool_call>",
+        arguments="tags",
+    ),
+    ToolFormat(
         name="llama3_json",
         marks=("<|python_tag|>",),
         read=_llama,
@@ -95,12 +115,12 @@ FORMATS = (
         between=", ",
         after="]",
         begins="character",
-        python=True,
+        arguments="python",
     ),
     ToolFormat(
         name="mistral",
         marks=_MISTRAL,
-        read=Mistral,
+        read=_mistral,
         before="[TOOL_CALLS] [",
         head='{"name": "NAME", "arguments": ',
         tail="}",
@@ -111,7 +131,7 @@ FORMATS = (
     ToolFormat(
         name="mistral_v11",
         marks=_MISTRAL,
-        read=Mistral,
+        read=_mistral,
         head="[TOOL_CALLS]NAME[ARGS]",
         tail="",
         between="",
@@ -120,7 +140,7 @@ FORMATS = (
     ToolFormat(
         name="deepseek_v3",
         marks=_DEEPSEEK,
-        read=DeepSeek,
+        read=_deepseek,
         before="<｜tool▁calls▁begin｜>",
         head="<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
         tail="\n```<｜tool▁call▁end｜>",
@@ -129,7 +149,7 @@ FORMATS = (
     ToolFormat(
         name="deepseek_v31",
         marks=_DEEPSEEK,
-        read=DeepSeek,
+        read=_deepseek,
         before="<｜tool▁calls▁begin｜>",
         head="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
         tail="<｜tool▁call▁end｜>",
@@ -178,6 +198,8 @@ def _guess(template: str) -> str:
         return "deepseek_v3" if "```json" in template else "deepseek_v31"
     if "[TOOL_CALLS]" in template:
         return "mistral_v11" if "[ARGS]" in template else "mistral"
+    if "<tool_call>" in template and "<function=" in template:
+        return "qwen3_coder"
     if "<tool_call>" in template:
         return "hermes"
     if "<|python_start|>" in template or "func_name1(" in template:

@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tokenry.errors import RequestError
 from tokenry.structured import WHITESPACE
 from tokenry.text.tools import Tool, ToolUse
 from tokenry.text.tools_formats import ToolFormat
 from tokenry.text.tools_scan import Marks, Scanner
+from tokenry.text.tools_xml import is_text
 
 _ANY_TEXT = "/(.|\\n)*/"
 _NO_CALL = "/[^{\\[\\s](.|\\n)*/"
@@ -134,20 +136,55 @@ class _Lark:
         """Rules of `args_i`."""
         free = self._use.mode == "auto" and not tool.strict
         parameters: Mapping[str, Any] = {"type": "object"} if free else tool.parameters
-        if not self._format.python:
+        if self._format.arguments == "json":
             return [f"args_{i}: %json {schema_text(parameters)}"]
+        tags = self._format.arguments == "tags"
         properties = dict(tool.parameters.get("properties") or {})
         shared = {k: v for k, v in tool.parameters.items() if k in ("$defs", "definitions")}
         required = [n for n in tool.parameters.get("required") or () if n in properties]
         rules, named = [], {}
         for j, (name, schema) in enumerate(properties.items()):
             value = {**shared, **schema} if isinstance(schema, dict) else schema
-            rules.append(f"arg_{i}_{j}: {json.dumps(name + '=')} value_{i}_{j}")
-            rules.append(f"value_{i}_{j}: %json {schema_text(value)}")
+            head = f"<parameter={name}>\n" if tags else f"{name}="
+            rules.append(f"arg_{i}_{j}: {json.dumps(head, ensure_ascii=False)} value_{i}_{j}")
+            rules += _tagged(f"value_{i}_{j}", value) if tags else [_json(f"value_{i}_{j}", value)]
             named[name] = f"arg_{i}_{j}"
         optional = [named[name] for name in properties if name not in required]
-        rules.append(f"args_{i}: {_listed([named[n] for n in required], optional)}")
-        return rules
+        first = [named[n] for n in required]
+        if tags:
+            listed = " ".join([*first, *(f"{name}?" for name in optional)]) or '""'
+        else:
+            listed = _listed(first, optional)
+        return [*rules, f"args_{i}: {listed}"]
+
+
+def _json(rule: str, schema: Mapping[str, Any]) -> str:
+    return f"{rule}: %json {schema_text(schema)}"
+
+
+def _tagged(rule: str, schema: object) -> list[str]:
+    """A value and its closing tag. Strings stand as they are: those of an enum, or any text of
+    their lengths; a pattern cannot be kept there.
+    """
+    end = "\n</parameter>\n"
+    if not is_text(schema):
+        value = schema if isinstance(schema, dict) else {}
+        return [f"{rule}: {rule}_json {json.dumps(end)}", _json(f"{rule}_json", value)]
+    assert isinstance(schema, dict)
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if values:
+        texts = " | ".join(json.dumps(value + end, ensure_ascii=False) for value in values)
+        return [f"{rule}: {texts}"]
+    if "pattern" in schema or "format" in schema:
+        raise RequestError(
+            "tools: a string's pattern or format cannot be bound in this model's way to write "
+            "calls (qwen3_coder).",
+            param="tools",
+            code="unsupported",
+            mend="tool_choice auto without strict, or an enum",
+        )
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    return [f"{rule}[lazy]: /(.|\\n){{{least},{most}}}/ {json.dumps(end)}"]
 
 
 def _listed(required: list[str], optional: list[str]) -> str:

@@ -17,6 +17,11 @@ _INTRODUCTION = (
     "You can call functions. Call one only if it is needed; its result will be sent to you.\n"
     "The functions, each with the JSON schema of its parameters:\n"
 )
+_FORMS = {
+    "json": "{...}",
+    "python": "key=value",
+    "tags": "<parameter=key>\nvalue\n</parameter>\n",
+}
 _HOW = "\nTo call functions, answer with nothing but calls in this form:\n"
 
 
@@ -28,7 +33,7 @@ def with_tools(
     if not shown:
         return plain
     functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in shown)
-    arguments = "key=value" if wanted.python else "{...}"
+    arguments = _FORMS[wanted.arguments]
     form = wanted.before + wanted.head.replace("NAME", "function_name") + arguments
     text = _INTRODUCTION + functions + _HOW + form + wanted.tail + wanted.after
     first = plain[0]
@@ -55,9 +60,18 @@ def _written(call: Mapping[str, Any], wanted: ToolFormat) -> str:
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    if wanted.python:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in json.loads(arguments).items())
+    if wanted.arguments != "json":
+        given = json.loads(arguments)
+        if wanted.arguments == "python":
+            arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        else:
+            arguments = "".join(_tagged(key, value) for key, value in given.items())
     return wanted.head.replace("NAME", str(function.get("name"))) + arguments + wanted.tail
+
+
+def _tagged(key: str, value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"<parameter={key}>\n{text}\n</parameter>\n"
 
 
 def _text(content: Any) -> str:
