@@ -132,24 +132,19 @@ def assemble(
     )
     check_weights_fit(weight_bytes, backend.memory(), config.memory_fraction)
     processors = {**installed_processors(), **(logits_processors or {})}
-    weights = spec.weights(lambda share: progress("loading weights", share))
     head = None if pooling is None else Head(pooling, dummy=spec.dummy)
     runner: ModelRunner | EncoderRunner
+    weights = spec.weights(lambda share: progress("loading weights", share))
+    given = (backend, spec, weights, _runner_config(config))
     if whole and head is not None:
-        runner = EncoderRunner(
-            backend, spec, weights, _runner_config(config), head=head, progress=progress
-        )
+        runner = EncoderRunner(*given, head=head, progress=progress)
     else:
+        pooler = Pooler(head, hidden=checkpoint.hidden_size, tokens=tokens) if head else None
         runner = ModelRunner(
-            backend,
-            spec,
-            weights,
-            _runner_config(config),
+            *given,
             eos_token_ids=spec.eos_token_ids,
             processors=processors,
-            pooler=None
-            if head is None
-            else Pooler(head, hidden=checkpoint.hidden_size, tokens=tokens),
+            pooler=pooler,
             progress=progress,
         )
     pools_whole = pooling is not None and pooling.method != "last"
