@@ -6,6 +6,7 @@ library is loaded. Without a C++ compiler the package installs without them and 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
@@ -48,12 +49,20 @@ class Native(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compiles the sources side by side, then links."""
+        headers = max(Path(name).stat().st_mtime for name in [__file__, *ext.depends])
 
         def build(item: tuple[str, list[str]]) -> list[str]:
             source, flags = item
-            objects: list[str] = self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags]
+            flags = [*COMMON, *flags]
+            # an object that was made with these flags from what is there now is good
+            place = str(
+                Path(self.build_temp) / hashlib.sha256(repr(flags).encode()).hexdigest()[:8]
             )
+            objects: list[str] = self.compiler.object_filenames([source], output_dir=place)
+            newest = max(headers, Path(source).stat().st_mtime)
+            if all(Path(o).exists() and Path(o).stat().st_mtime > newest for o in objects):
+                return objects
+            objects = self.compiler.compile([source], output_dir=place, extra_postargs=flags)
             return objects
 
         with ThreadPoolExecutor(4) as workers:
