@@ -77,6 +77,15 @@ def test_the_gumbel_mark_needs_a_draw():
     assert caught.value.param == "watermark"
 
 
+def test_a_mark_may_be_a_dict_and_a_wrong_one_is_named():
+    given = {"scheme": "kgw", "key": 77}
+    assert SamplingParams(watermark=given).watermark == Watermark(**given)
+    for wrong in ({"scheme": "kgw", "gama": 0.5}, {"key": 3}, "kgw"):
+        with pytest.raises(RequestError) as caught:
+            SamplingParams(watermark=wrong)
+        assert caught.value.param == "watermark"
+
+
 def test_too_short_a_text_is_named():
     with pytest.raises(ConfigError, match="more than 2"):
         detect([5, 6], MARKS["gumbel"])

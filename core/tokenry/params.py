@@ -26,7 +26,9 @@ token.
 """
 
 
-class Watermark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Watermark(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """How an answer is marked so that who has the key can tell it (see `tokenry watermark`).
 
     scheme    kgw: of each context, gamma of the tokens are green and get delta more (arXiv
@@ -164,6 +166,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             self._set("allowed_token_ids", ids)
         if self.structured_outputs is not None:
             self._set("structured_outputs", structured_outputs(self.structured_outputs))
+        if isinstance(self.watermark, dict):
+            self._set("watermark", _watermark(self.watermark))
         self._check_types()
         self._check_ranges()
 
@@ -210,7 +214,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if not isinstance(getattr(self, name), bool):
                 text = f"{name} must be true or false, got {getattr(self, name)!r}."
                 raise RequestError(text, param=name)
-        for name, kind in (("logit_bias", dict), ("logits_processor", str), ("extra_args", dict)):
+        kinds = {"logit_bias": dict, "logits_processor": str, "extra_args": dict}
+        for name, kind in {**kinds, "watermark": Watermark}.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise RequestError(f"{name} must be a {kind.__name__}.", param=name)
@@ -362,6 +367,13 @@ def check_whole(name: str, ids: Sequence[object], *, param: str | None = None) -
             param=param or name,
             mend="a list of ints; an array's .tolist() is one",
         )
+
+
+def _watermark(given: dict[str, Any]) -> Watermark:
+    try:
+        return Watermark(**given)
+    except TypeError as error:
+        raise RequestError(f"watermark: {error}.", param="watermark") from error
 
 
 def _tuple(name: str, value: Any) -> tuple[Any, ...]:
