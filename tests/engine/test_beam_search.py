@@ -124,9 +124,10 @@ SEARCHES = st.lists(
     num_blocks=st.sampled_from([10, 14, 80]),
     budget=st.sampled_from([3, 16]),
     seqs=st.sampled_from([2, 8]),
+    policy=st.sampled_from(["fcfs", "priority", "slo"]),
 )
 def test_a_search_finds_its_answers_whatever_the_engine_does(
-    load, others, gone_at, overlap, caching, forks, num_blocks, budget, seqs
+    load, others, gone_at, overlap, caching, forks, num_blocks, budget, seqs, policy
 ):
     settings_ = limits(
         num_blocks=num_blocks,
@@ -136,6 +137,7 @@ def test_a_search_finds_its_answers_whatever_the_engine_does(
         overlap=overlap,
         prefix_caching=caching,
         forks=forks,
+        policy=policy,
     )
     engine = EngineCore(settings_, BeamRunner(4))
     ends = (7, 8, 9, 10, 11)
