@@ -72,8 +72,8 @@ class SLOPolicy(Policy):
                 due.append(request)
             else:
                 idle.append(request)
-        busy_s = sum(self._prefill_s(r, num_running) for r in running if self._hurries(r))
-        accepted, put_off = self._feasible(hopeful, num_running, now_s + busy_s)
+        hurried = [(d, r) for r in running if (d := self._hurry(r, num_running)) is not None]
+        accepted, put_off = self._feasible([*hopeful, *hurried], num_running)
         due.sort(key=_due_key)
         idle.sort(key=_due_key)
         self._first_deadline_s = self._deadline(accepted[0]) or math.inf if accepted else math.inf
@@ -132,24 +132,27 @@ class SLOPolicy(Policy):
         return max(len(decoding) + MIN_PREFILL, min(most, fitting))
 
     def _feasible(
-        self, hopeful: list[tuple[float, Request]], num_running: int, end_s: float
+        self, hopeful: list[tuple[float, Request]], num_running: int
     ) -> tuple[list[Request], list[Request]]:
-        """The largest set that can be in time together, begun at `end_s`, and the others; both by
-        deadline.
+        """Of those who wait the largest set that can be in time together, and the others, both by
+        deadline. Prompts under way take their time among them, and are not put off.
         """
         hopeful.sort(key=lambda pair: (pair[0], pair[1].key))
+        end_s = self._now_s
         longest: list[tuple[float, int]] = []
         put_off: set[int] = set()
         for i, (deadline, request) in enumerate(hopeful):
             cost_s = self._prefill_s(request, num_running)
             end_s += cost_s
-            heapq.heappush(longest, (-cost_s, i))
-            if end_s > deadline:
+            if request.status is Status.WAITING:
+                heapq.heappush(longest, (-cost_s, i))
+            if end_s > deadline and longest:
                 cost, out = heapq.heappop(longest)
                 end_s += cost
                 put_off.add(out)
-        accepted = [r for i, (_, r) in enumerate(hopeful) if i not in put_off]
-        return accepted, [r for i, (_, r) in enumerate(hopeful) if i in put_off]
+        waiting = [(i, r) for i, (_, r) in enumerate(hopeful) if r.status is Status.WAITING]
+        accepted = [r for i, r in waiting if i not in put_off]
+        return accepted, [r for i, r in waiting if i in put_off]
 
     def _has_pace_for_one_more(self, num_running: int, paces: Iterable[float]) -> bool:
         """Whether one more answer leaves the others their pace; always where none runs."""
@@ -163,10 +166,12 @@ class SLOPolicy(Policy):
         step_s = self.times.seconds(room + num_running, num_running + 1)
         return (len(request.tokens) - request.num_computed) / room * step_s
 
-    def _hurries(self, request: Request) -> bool:
-        """Whether a running request has a prompt to compute that can still be in time."""
+    def _hurry(self, request: Request, num_running: int) -> float | None:
+        """The deadline of a running request's prompt, if it can still be kept."""
         deadline = None if _decodes(request) else self._deadline(request)
-        return deadline is not None and self._now_s <= deadline
+        if deadline is None or self._now_s + self._prefill_s(request, num_running) > deadline:
+            return None
+        return deadline
 
     def _deadline(self, request: Request) -> float | None:
         """When its next token must be there, None if it has no target for it."""
@@ -177,7 +182,7 @@ class SLOPolicy(Policy):
             times.append(request.queued_s + params.ttft_target_ms / 1e3)
         if params.deadline_ms is not None:
             left = min(request.max_len - len(request.tokens), self._answer.value)
-            decode_s = max(0.0, left - 1) * self.times.seconds(1, 1)
+            decode_s = max(0.0, left - 1) * max(self.times.seconds(1, 1), self.times.mean_s)
             times.append(request.queued_s + params.deadline_ms / 1e3 - decode_s)
         return min(times) if times else None
 
@@ -193,11 +198,15 @@ class SLOPolicy(Policy):
         """Seconds until its next token must be there; of one that is behind, half its pace, so
         that it catches up and prompts still get on.
         """
-        pace_s = _tpot_s(request)
-        if pace_s is None:
-            return math.inf
-        count = request.num_output + request.num_pending
-        return max(request.first_token_s + count * pace_s - now_s, pace_s / 2)
+        slack_s, pace_s = math.inf, _tpot_s(request)
+        if pace_s is not None:
+            count = request.num_output + request.num_pending
+            slack_s = max(request.first_token_s + count * pace_s - now_s, pace_s / 2)
+        if request.params.deadline_ms is not None:
+            left_s = request.queued_s + request.params.deadline_ms / 1e3 - now_s
+            left = max(1, request.max_len - request.num_tokens)
+            slack_s = min(slack_s, left_s / left if left_s > 0 else math.inf)
+        return slack_s
 
     def _in_flight_s(self, now_s: float) -> float:
         """Seconds that the steps in flight still take, as far as their mean tells."""
