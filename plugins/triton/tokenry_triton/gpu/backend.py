@@ -63,7 +63,8 @@ class GpuBackend(Backend):
             fp8=gpu.fp8,
             block_sizes=(16, 32, 64),
             graphs="none" if options.graphs == "none" else "capture",
-            dist="nccl",  # torch's name for RCCL, too
+            # nccl is torch's name for RCCL, too; builds without it (Windows) have gloo
+            dist="nccl" if torch.distributed.is_nccl_available() else "gloo",
         )
 
     def memory(self) -> MemoryInfo:
@@ -158,8 +159,9 @@ def _arrays(
     found: list[NDArray[Any]] = []
     at = 0
     for shape, dtype, size in kinds:
-        raw = torch.from_numpy(host[at : at + size].copy())
-        found.append(raw.view(dtype).view(shape).numpy())
+        raw = host[at : at + size].copy()  # of its own, and aligned
+        empty = torch.empty(0, dtype=dtype).numpy()
+        found.append(raw.view(empty.dtype).reshape(shape))
         at += size
     return found
 
