@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenry.backend.reference import REFERENCE_OPS
 from tokenry.errors import RequestError
 from tokenry.params import SamplingParams
-from tokenry.runner.mask import apply_masks
+from tokenry.runner.mask import apply_masks, on_device
 from tokenry.runner.sampler import Draw, Sampler
 
 
@@ -38,6 +38,12 @@ def test_only_the_allowed_tokens_stay(data, vocab):
     for row, out in zip(rows, logits, strict=True):
         kept = set(torch.isfinite(out).nonzero().flatten().tolist())
         assert kept == set(range(vocab)) & (set(range(vocab)) if row is None else row)
+    all_words = -(-vocab // 32)
+    whole = [set(range(vocab)) if row is None else row for row in rows]
+    table = np.stack([packed({t for t in row if t < vocab}, all_words) for row in whole])
+    other = torch.zeros(3, vocab)
+    on_device(other, table, "cpu")
+    assert torch.equal(other, logits)
 
 
 def test_a_row_is_drawn_from_its_mask_and_the_other_rows_are_as_without():
