@@ -2,8 +2,8 @@
 
 In: logits [R, vocab], per row a `Mask` of the plan or None. Out: the logits without what may not be
 drawn, in place. On a device the shapes depend on the launch's rows and the vocabulary alone, so one
-that compiles for shapes meets no new one; on the host each row is done by itself. A mask is waited for here, after the model was launched: it is
-made while the model runs. Knows no grammar.
+that compiles for shapes meets no new one; on the host each row is done by itself. A mask is waited
+for here, after the model was launched: it is made while the model runs. Knows no grammar.
 """
 
 from __future__ import annotations
