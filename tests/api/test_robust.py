@@ -155,6 +155,46 @@ def test_connections_that_are_opened_and_dropped_leak_nothing(toy):
     still_serves(toy)
 
 
+LONG = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400},
+    "/v1/completions": {**ASKED, "max_tokens": 400},
+    "/v1/responses": {"input": "x", "max_output_tokens": 400},
+    "/v1/messages": {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 400,
+    },
+    "/generate_stream": {"inputs": "x", "parameters": {"max_new_tokens": 400}},
+    "/completion": {"prompt": "x", "n_predict": 400},
+}
+
+
+def ended_by_length(server):
+    text = server.http.get("/metrics").text
+    pattern = r'^tokenry:request_success_total{finished_reason="length".*} (\S+)$'
+    return float(re.search(pattern, text, re.M)[1])
+
+
+@pytest.mark.parametrize("route", LONG)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_ends_its_request_in_every_dialect(toy, route, stream):
+    before = ended_by_length(toy)
+    for _ in range(10):
+        with connect(toy) as conn:
+            conn.sendall(post(route, json.dumps({**LONG[route], "stream": stream}).encode()))
+            if stream:
+                assert status_of(conn.recv(100)) == 200
+    for _ in range(200):
+        text = toy.http.get("/metrics").text
+        left = re.findall(r"^tokenry:num_requests_(?:running|waiting){.*} (\S+)$", text, re.M)
+        if left and not any(map(float, left)):
+            break
+        time.sleep(0.05)
+    assert not any(map(float, left)), left
+    assert ended_by_length(toy) == before  # none ran to its end
+    still_serves(toy)
+
+
 def test_a_reader_that_does_not_read_keeps_nobody_waiting(toy):
     """It is dropped from no step and holds its own stream only."""
     long = {**ASKED, "max_tokens": 400, "n": 8, "stream": True, "ignore_eos": True}
