@@ -227,6 +227,8 @@ def test_documents_are_cut_when_asked_for(server: Server) -> None:
     assert cut["results"] == short["results"]
     most = post(server, "/v2/rerank", **body, max_tokens_per_doc=4096)
     assert most["meta"]["tokens"]["input_tokens"] == 5 + 96
+    cohere = server.http.post("/v2/rerank", json=body).json()
+    assert "maximum context length is 96" in cohere["message"] and cohere["error"] == error
     for field in ("top_n", "max_tokens_per_doc"):
         assert refused(server, "/v2/rerank", **body, **{field: 0})["param"] == field
 
@@ -294,6 +296,12 @@ def test_no_body_is_a_fault_of_the_server(
 ) -> None:
     answer = server.http.post(path, json={**USUAL, **fields, "model": model})
     assert answer.status_code in (200, 400), (path, model, fields, answer.text)
+
+
+def test_the_server_says_what_to_try(server: Server) -> None:
+    told = "".join(server.lines)
+    assert "no KV cache: texts are read as a whole" in told
+    assert re.search(r"try:  curl \S* ?\S*/v1/embeddings .*Once upon a time", told)
 
 
 def test_unknown_fields_are_told(server: Server) -> None:

@@ -1,4 +1,5 @@
-"""Whose manner of error a route keeps: OpenAI's, Anthropic's, or that of Hugging Face's TGI.
+"""Whose manner of error a route keeps: OpenAI's, Anthropic's, Cohere's, or that of Hugging Face's
+TGI.
 
 In: an error and the request's verb and path. Out: the status and the JSON object that the client of
 that route knows how to read.
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from tokenry.errors import Overloaded, RequestError, TokenryError
 
-Dialect = Literal["openai", "anthropic", "tgi"]
+Dialect = Literal["openai", "anthropic", "cohere", "tgi"]
 
 _TGI = {"/generate", "/generate_stream", "/info", "/chat_tokenize"}
 _ANTHROPIC_TYPES = {
@@ -28,6 +29,8 @@ def dialect_of(verb: str, path: str) -> Dialect:
     """The dialect of a route; one that does not exist is OpenAI's."""
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return "anthropic"
+    if path == "/v2/rerank":
+        return "cohere"
     if path in _TGI or (verb == "POST" and path == "/"):
         return "tgi"
     return "openai"
@@ -49,6 +52,7 @@ def error_object(error: TokenryError, dialect: Dialect = "openai") -> dict[str, 
     openai      {"error": {message, type, param, code}}
     anthropic   {"type": "error", "error": {type, message}}
     tgi         {"error": message, "error_type": ...}
+    cohere      {"message": message}, and OpenAI's object beside it, which names the field
     """
     message = error.message if error.mend is None else f"{error.message} (Mend: {error.mend}.)"
     if dialect == "anthropic":
@@ -61,4 +65,5 @@ def error_object(error: TokenryError, dialect: Dialect = "openai") -> dict[str, 
         kind = "overloaded" if isinstance(error, Overloaded) else kind
         return {"error": message, "error_type": kind}
     param = error.param if isinstance(error, RequestError) else None
-    return {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
+    openai = {"message": message, "type": error.type, "param": param, "code": error.code}
+    return {"error": openai} if dialect == "openai" else {"message": message, "error": openai}

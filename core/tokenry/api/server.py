@@ -202,8 +202,7 @@ def _address(listener: socket.socket, config: ServerConfig) -> str:
 
 
 def _welcome(fleet: Fleet, address: str, config: ServerConfig) -> list[str]:
-    name = fleet.first.name
-    body = f'{{"model":"{name}","prompt":"Once upon a time","max_tokens":200,"stream":true}}'
+    path, body = _first_request(fleet.first)
     headers = "-H 'Content-Type: application/json'"
     headers += " -H 'Authorization: Bearer API_KEY'" if config.asks_for_keys else ""
     told = [line for model in fleet for line in _about(model, alone=len(fleet) == 1)]
@@ -214,9 +213,19 @@ def _welcome(fleet: Fleet, address: str, config: ServerConfig) -> list[str]:
         )
     return [
         *told,
-        f"try:  curl -N {address}/v1/completions {headers} -d '{body}'",
+        f"try:  curl -N {address}{path} {headers} -d '{body}'",
         f"page: {address}/",
     ]
+
+
+def _first_request(model: ServedModel) -> tuple[str, str]:
+    """A route that serves the model, and a body for it."""
+    limits, name = model.service.engine.ready.limits, model.name
+    if limits.tokens or limits.vectors is None:
+        more = '"prompt":"Once upon a time","max_tokens":200,"stream":true'
+        return "/v1/completions", f'{{"model":"{name}",{more}}}'
+    path = "/v1/embeddings" if limits.vectors.kind == "embed" else "/classify"
+    return path, f'{{"model":"{name}","input":"Once upon a time"}}'
 
 
 def _about(model: ServedModel, *, alone: bool) -> list[str]:
