@@ -185,6 +185,7 @@ def test_the_makers_defaults_are_told_and_used_and_a_request_overrides_them(demo
 
 def test_a_marking_server_marks_every_answer(marking, demo):
     mark = Watermark(scheme="kgw", key=9, delta=4.0)
+    assert any("every answer carries a kgw watermark" in line for line in marking.lines)
     asked = {"max_tokens": 140, "temperature": 1.0, "seed": 3, "ignore_eos": True, "top_k": 0}
     for server, marked in ((marking, True), (demo, False)):
         (text,) = texts(server, **asked, top_p=1.0)

@@ -230,4 +230,8 @@ def _first_request(model: ServedModel) -> tuple[str, str]:
 
 def _about(model: ServedModel, *, alone: bool) -> list[str]:
     lines = describe(model.service.engine.ready)
+    mark = model.service.defaults.watermark
+    if mark is not None:
+        refused = "; temperature 0 is refused" if mark.scheme == "gumbel" else ""
+        lines.append(f"note: every answer carries a {mark.scheme} watermark{refused}")
     return lines if alone else [f"{', '.join(model.service.model_names)}:", *lines]
