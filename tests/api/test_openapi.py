@@ -72,6 +72,19 @@ def test_llamas_routes_answer_whole_and_streamed(toy):
     assert toy.http.get("/props").json()["default_generation_settings"]["n_ctx"] == 512
 
 
+def test_every_dialects_tokenize(toy):
+    ours = toy.http.post("/tokenize", json={"prompt": "Hé, Once"}).json()["tokens"]
+    tgi = toy.http.post("/tokenize", json={"inputs": "Hé, Once"}).json()
+    assert [token["id"] for token in tgi] == ours
+    assert "".join(token["text"] for token in tgi).endswith("Hé, Once")
+    assert all(token["stop"] - token["start"] == len(token["text"]) for token in tgi)
+    llama = toy.http.post("/tokenize", json={"content": "Hé, Once"}).json()["tokens"]
+    assert ours[-len(llama) :] == llama
+    assert toy.http.post("/detokenize", json={"tokens": llama}).json()["content"] == "Hé, Once"
+    both = toy.http.post("/tokenize", json={"prompt": "a", "content": "b"})
+    assert both.json()["error"]["param"] == "prompt"
+
+
 def test_a_flat_list_of_token_ids_is_a_prompt_of_llamas(toy):
     ids = toy.http.post("/tokenize", json={"prompt": "Once"}).json()["tokens"]
     asked = {"n_predict": 4, "temperature": 0, "ignore_eos": True}

@@ -43,25 +43,31 @@ _FINER: dict[tuple[str, str], dict[str, Any]] = {
     ("MessagesRequest", "messages"): _messages(["user", "assistant"]),
     ("CompletionRequest", "prompt"): _INPUT,
     ("EmbeddingRequest", "input"): _INPUT,
+    ("PoolingRequest", "input"): _INPUT,
+    ("ClassifyRequest", "input"): _INPUT,
 }
 """Schemas of fields that the structs leave open, because their errors are told by hand."""
 
+_OPENAI_ERROR = {
+    "type": "object",
+    "required": ["message", "type", "param", "code"],
+    "properties": {
+        "message": _TEXT,
+        "type": _TEXT,
+        "param": {"type": ["string", "null"]},
+        "code": {"type": ["string", "null"]},
+    },
+}
 _ERRORS: dict[Dialect, dict[str, Any]] = {
     "openai": {
         "type": "object",
         "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {
-                    "message": _TEXT,
-                    "type": _TEXT,
-                    "param": {"type": ["string", "null"]},
-                    "code": {"type": ["string", "null"]},
-                },
-            }
-        },
+        "properties": {"error": _OPENAI_ERROR},
+    },
+    "cohere": {
+        "type": "object",
+        "required": ["message", "error"],
+        "properties": {"message": _TEXT, "error": _OPENAI_ERROR},
     },
     "anthropic": {
         "type": "object",
@@ -75,6 +81,7 @@ _ERRORS: dict[Dialect, dict[str, Any]] = {
             },
         },
     },
+    "cohere": {"type": "object", "required": ["message"], "properties": {"message": _TEXT}},
     "tgi": {
         "type": "object",
         "required": ["error", "error_type"],

@@ -23,6 +23,7 @@ from tokenry.api.schema import ChatRequest, decode, decode_known
 from tokenry.api.service import Service, new_id, service_of
 from tokenry.api.sse import TOKENS, EventStream
 from tokenry.api.tgi_body import MAX_BEST_OF, GenerateRequest, Parameters, sampling_params
+from tokenry.api.tokenize import pieces
 from tokenry.api.wire import JSON, clamp
 from tokenry.errors import RequestError
 from tokenry.outputs import CompletionOutput, Logprob, RequestOutput
@@ -82,13 +83,10 @@ async def chat_tokenize(request: Request) -> Response:
     service.admit()
     tokenizer = service.engine.tokenizer
     prompt = await asyncio.to_thread(render, chat, tokenizer, service.answer_format)
-    detokenizer = make_detokenizer(tokenizer, skip_special_tokens=False)
-    tokens, at = [], 0
-    for token_id in prompt.token_ids:
-        text = detokenizer.feed((token_id,))
-        tokens.append({"id": token_id, "text": text, "start": at, "stop": at + len(text)})
-        at += len(text)
-    answer = {"tokenize_response": tokens, "templated_text": prompt.text}
+    answer = {
+        "tokenize_response": pieces(tokenizer, prompt.token_ids),
+        "templated_text": prompt.text,
+    }
     return JSON(answer, headers=ignored_header(unknown))
 
 

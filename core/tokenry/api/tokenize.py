@@ -5,6 +5,7 @@ vLLM serves it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,13 +19,20 @@ from tokenry.api.schema import ChatRequest, decode_known
 from tokenry.api.service import service_of
 from tokenry.api.wire import JSON
 from tokenry.errors import RequestError
+from tokenry.text.detokenizer import make_detokenizer
+from tokenry.text.tokenizer import Tokenizer
 
 
 class Tokenize(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /tokenize: a prompt, or a chat."""
+    """POST /tokenize: a prompt, or a chat. `inputs` is TGI's name of a prompt, and its answer is
+    TGI's; `content` and `add_special` are llama.cpp's.
+    """
 
     model: str | None = None
     prompt: str | None = None
+    inputs: str | None = None
+    content: str | None = None
+    add_special: bool | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -49,6 +57,15 @@ async def tokenize(request: Request) -> Response:
     service.check_model(wanted.model)
     service.admit()
     tokenizer = service.engine.tokenizer
+    special = True if wanted.add_special_tokens is None else wanted.add_special_tokens
+    prompt = wanted.prompt if wanted.inputs is None else wanted.inputs
+    if wanted.content is not None:
+        prompt, special = wanted.content, bool(wanted.add_special)
+    given = (wanted.prompt, wanted.inputs, wanted.content, wanted.messages)
+    if sum(one is not None for one in given) != 1:
+        raise RequestError(
+            "Exactly one of prompt, messages, inputs and content is needed.", param="prompt"
+        )
     if wanted.messages is not None:
         check_messages(wanted.messages)
         chat = ChatRequest(
@@ -59,13 +76,13 @@ async def tokenize(request: Request) -> Response:
             chat_template_kwargs=wanted.chat_template_kwargs,
             tools=wanted.tools,
         )
-        prompt = await asyncio.to_thread(render, chat, tokenizer, service.answer_format)
-        ids = list(prompt.token_ids)
-    elif wanted.prompt is not None:
-        special = True if wanted.add_special_tokens is None else wanted.add_special_tokens
-        ids = await asyncio.to_thread(tokenizer.encode, wanted.prompt, special)
+        made = await asyncio.to_thread(render, chat, tokenizer, service.answer_format)
+        ids = list(made.token_ids)
     else:
-        raise RequestError("prompt or messages is needed.", param="prompt")
+        assert prompt is not None
+        ids = await asyncio.to_thread(tokenizer.encode, prompt, special)
+    if wanted.inputs is not None:
+        return JSON(pieces(tokenizer, ids), headers=ignored_header(unknown))
     texts = [tokenizer.token_text(i) for i in ids] if wanted.return_token_strs else None
     return JSON(
         {
@@ -93,7 +110,18 @@ async def detokenize(request: Request) -> Response:
                 param=f"tokens[{i}]",
             )
     text = tokenizer.decode(wanted.tokens, skip_special_tokens=False)
-    return JSON({"prompt": text}, headers=ignored_header(unknown))
+    return JSON({"prompt": text, "content": text}, headers=ignored_header(unknown))
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """TGI's tokens: each with its text and where that lies in the whole."""
+    detokenizer = make_detokenizer(tokenizer, skip_special_tokens=False)
+    found, at = [], 0
+    for token_id in ids:
+        text = detokenizer.feed((token_id,))
+        found.append({"id": token_id, "text": text, "start": at, "stop": at + len(text)})
+        at += len(text)
+    return found
 
 
 async def tokenizer_info(request: Request) -> Response:
