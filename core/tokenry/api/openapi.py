@@ -81,7 +81,6 @@ _ERRORS: dict[Dialect, dict[str, Any]] = {
             },
         },
     },
-    "cohere": {"type": "object", "required": ["message"], "properties": {"message": _TEXT}},
     "tgi": {
         "type": "object",
         "required": ["error", "error_type"],
