@@ -184,8 +184,10 @@ class Fleet:
     ) -> None:
         self.metrics = Metrics()
         names = names_of(configs, server)
-        self._make = lambda config, given: ServedModel(
-            given, config, server, metrics=self.metrics, tracer=tracer, factory=factory, say=say
+        self._make: Callable[[EngineConfig, tuple[str, ...]], ServedModel] = lambda config, given: (
+            ServedModel(
+                given, config, server, metrics=self.metrics, tracer=tracer, factory=factory, say=say
+            )
         )
         self._models = [self._make(c, n) for c, n in zip(configs, names, strict=True)]
 

@@ -154,6 +154,7 @@ class _Collector(Collector):
         """All metrics now."""
         models = list(self._models())
         stats = [(m.model, m.stats()) for m in models]
+        values: list[tuple[tuple[str, ...], float]]
         for name, read in GAUGES:
             values = [((model,), float(read(s))) for model, s in stats]
             yield from _families(name, GaugeMetricFamily, ("model_name",), values)
