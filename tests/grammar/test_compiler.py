@@ -255,3 +255,19 @@ def test_added_tokens_are_known_as_the_library_knows_them():
         assert max(allowed(matcher)) < len(pieces)
     finally:
         compiler.close()
+
+
+def test_a_grammar_that_got_stuck_is_compiled_anew():
+    compiler = GrammarCompiler(vocabulary)
+    try:
+        first = matcher_of(compiler, regex="stuck{2}")
+        shared = compiler.start(StructuredOutputs(regex="stuck{2}"))
+        assert shared.done()
+        assert not first.accept(EOS)  # a token that the mask does not have
+        with pytest.raises(RequestError, match=r"^structured_outputs: this regular expression"):
+            first.mask()()
+        again = compiler.start(StructuredOutputs(regex="stuck{2}"))
+        assert again._future is not shared._future
+        assert len(allowed(shared.matcher()))  # those who had it are not touched
+    finally:
+        compiler.close()

@@ -25,7 +25,7 @@ from tokenry.plan import StepPlan, StepResult, StepRunner
 
 log = logging.getLogger(__name__)
 Waiter = Callable[[], StepResult]
-GATE_PATIENCE_S = 0.02
+GATE_PATIENCE_S = 0.005
 """How long a step waits for a grammar where nothing else is to be done; commands wait as long."""
 
 

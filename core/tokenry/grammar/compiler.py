@@ -26,7 +26,7 @@ from tokenry.grammar.source import grammar_of, wrong
 from tokenry.grammar.trial import Trial
 from tokenry.structured import StructuredOutputs
 
-MAX_CACHED = 256
+MAX_CACHED = 128
 """Grammars kept compiled (or known to be wrong), those used last."""
 NUM_COMPILE_THREADS = 2
 """A grammar that takes all its time does not keep the others waiting."""
@@ -74,7 +74,7 @@ class GrammarCompiler:
         self._cache[key] = future
         while len(self._cache) > MAX_CACHED:
             self._cache.popitem(last=False)
-        return Compiling(future, wanted, self._mask_makers)
+        return Compiling(future, wanted, self._mask_makers, lambda: self._cache.pop(key, None))
 
     def close(self) -> None:
         """End the threads and the processes that try; what is being compiled is given up."""
@@ -116,11 +116,16 @@ class Compiling:
     """A request's wait for its matcher."""
 
     def __init__(
-        self, future: Future[LLMatcher], wanted: StructuredOutputs, mask_makers: ThreadPoolExecutor
+        self,
+        future: Future[LLMatcher],
+        wanted: StructuredOutputs,
+        mask_makers: ThreadPoolExecutor,
+        forget: Callable[[], object],
     ) -> None:
         self._future = future
         self._wanted = wanted
         self._mask_makers = mask_makers
+        self._forget = forget
 
     def wait(self, timeout_s: float) -> None:
         """Until it is done, at most so long."""
@@ -139,7 +144,12 @@ class Compiling:
         if error is not None:  # the library's own faults; they must not end the engine
             raise wrong(wanted, f"{type(error).__name__}: {error}") from error
         state = self._future.result().deep_copy()
-        return Matcher(state, self._mask_makers, lambda why: wrong(wanted, why))
+        return Matcher(state, self._mask_makers, self._stuck)
+
+    def _stuck(self, why: str) -> RequestError:
+        """What all who share the grammar have made of it is too large: the next one begins anew."""
+        self._forget()
+        return wrong(self._wanted, why)
 
 
 def _tokenizer_of(vocabulary: Vocabulary) -> LLTokenizer:
