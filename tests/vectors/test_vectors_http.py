@@ -298,6 +298,15 @@ def test_no_body_is_a_fault_of_the_server(
     assert answer.status_code in (200, 400), (path, model, fields, answer.text)
 
 
+def test_capabilities_tell_what_each_model_gives(server: Server) -> None:
+    told = {m["id"]: m["endpoints"] for m in server.http.get("/v1/capabilities").json()["models"]}
+    paths = ("/v1/embeddings", "/classify", "/v1/completions")
+    served = {name: [told[name][path]["served"] for path in paths] for name in told}
+    assert served["embed"] == [True, False, False]
+    assert served["cross"] == served["classes"] == [False, True, False]
+    assert served["text"] == [False, False, True]
+
+
 def test_the_server_says_what_to_try(server: Server) -> None:
     told = "".join(server.lines)
     assert "no KV cache: texts are read as a whole" in told

@@ -94,6 +94,11 @@ def _endpoint(endpoint: Endpoint, limits: RequestLimits) -> dict[str, Any]:
         return {"served": False, "why": "this model gives vectors, not text"}
     if endpoint.path in _OF_VECTORS and limits.vectors is None:
         return {"served": False, "why": "this model gives text, not vectors"}
+    if limits.vectors is not None:
+        embeds = limits.vectors.kind == "embed"
+        if endpoint.path == ("/classify" if embeds else "/v1/embeddings"):
+            gives = "embeddings" if embeds else "scores or classes"
+            return {"served": False, "why": f"this model gives {gives}"}
     unserved = dict.fromkeys(limits.unserved, "the device, which draws by itself, cannot")
     fields = getattr(endpoint.body, "__struct_fields__", ())
     why = {name: text for name, text in endpoint.refused.items() if name not in fields}
