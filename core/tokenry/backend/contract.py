@@ -60,6 +60,8 @@ class ShapeRules:
                   bucket values.
     max_programs  most programs that the device should hold; the core coarsens its buckets to stay
                   below.
+    mixed_tokens  where not static: programs are made for mixed steps of up to so many tokens, too
+                  (0: for decode only; larger steps run as they are).
     """
 
     static: bool = False
@@ -67,6 +69,7 @@ class ShapeRules:
     kv_axis: Literal["none", "per_seq", "total"] = "none"
     multiple_of: Mapping[str, int] = field(default_factory=dict)
     max_programs: int = 64
+    mixed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

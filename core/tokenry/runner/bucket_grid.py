@@ -64,8 +64,8 @@ class Cell:
 def make_buckets(
     caps: Caps, extent: Extent, settings: BucketSettings | None = None
 ) -> list[Bucket]:
-    """Every bucket of a static device, or the captured decode sizes of a dynamic one; largest
-    first.
+    """Every bucket of a static device; of a dynamic one the decode sizes and, where it wants them,
+    small mixed steps. Largest first.
 
     Raises ConfigError where the limit of programs leaves less than one per kind.
     """
@@ -131,7 +131,8 @@ def kinds(caps: Caps) -> list[Kind]:
     """Kinds of programs that the device has."""
     phases = caps.phases
     if not caps.shapes.static:
-        return [Kind("decode", False)]
+        mixed = [Kind("mixed", False)] if caps.shapes.mixed_tokens and phases.mixed else []
+        return [*mixed, Kind("decode", False)]
     if phases.mixed:
         return [Kind("mixed", False), Kind("mixed", True)]
     return [Kind("prefill", False), Kind("prefill", True), Kind("decode", False)]
@@ -169,6 +170,8 @@ def _kind_cells(kind: Kind, caps: Caps, extent: Extent, settings: BucketSettings
         rows, widths = rows[:1], [scored_tokens(caps, extent)]
     else:
         widths = _values("prefill.tokens", caps, extent, settings)
+        if not caps.shapes.static:
+            rows = rows[::-2][::-1]  # an empty row costs little; the largest stays
     blocks = _values(f"{kind.axes}.kv_blocks", caps, extent, settings)
     for fewer, seqs in zip([0, *rows], rows, strict=False):
         for less, width in zip([0, *widths], widths, strict=False):
@@ -187,6 +190,8 @@ def _values(name: str, caps: Caps, extent: Extent, settings: BucketSettings) -> 
     rules, phases = caps.shapes, caps.phases
     phase, axis = name.split(".")
     seqs = extent.max_seqs
+    if phase == "prefill" and not rules.static:
+        seqs = min(seqs, max(1, rules.mixed_tokens))
     if phase == "prefill" and phases.max_prefill_seqs is not None and not phases.mixed:
         seqs = min(seqs, phases.max_prefill_seqs)
     if axis == "kv_blocks" and (rules.kv_axis == "none" or not rules.static):
@@ -196,6 +201,8 @@ def _values(name: str, caps: Caps, extent: Extent, settings: BucketSettings) -> 
         "tokens": extent.max_tokens,
         "kv_blocks": extent.batch_blocks(seqs if rules.kv_axis == "total" else 1),
     }[axis]
+    if axis == "tokens" and not rules.static:
+        largest = min(largest, max(1, rules.mixed_tokens))
     if axis == "tokens" and rules.uniform_q and extent.block_size is not None:
         largest = min(largest, extent.max_blocks * extent.block_size)
     rule = settings.axes.get(name, AxisRule())

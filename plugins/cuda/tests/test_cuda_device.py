@@ -137,7 +137,8 @@ from tokenry.errors import StepFailed
 limits = dict(dtype="float32", max_model_len=512, max_num_seqs=2, num_kv_blocks=70)
 greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 ask = lambda: llm.generate(["Once upon a time"], greedy, use_tqdm=False)[0].outputs[0].token_ids
-with LLM("demo", backend="cuda", backend_option=("kernels=torch",), **limits) as llm:
+options = ("kernels=torch", "graph_tokens=0")
+with LLM("demo", backend="cuda", backend_option=options, **limits) as llm:
     want = ask()
     device.set_memory_limit(device.memory().allocated_bytes + (64 << 10))
     try:

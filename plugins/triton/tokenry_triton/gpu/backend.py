@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenry.backend.base import KV, Backend, ModelSpec, Op, Program, StepBatch, StepFn, WeightIter
-from tokenry.backend.contract import Caps, KVPlan, KVSpec, MemoryInfo
+from tokenry.backend.contract import Caps, KVPlan, KVSpec, MemoryInfo, ShapeRules
 from tokenry.backend.ops import OpTable
 from tokenry.errors import ConfigError
 from tokenry_triton.gpu.graphs import Captures
@@ -62,6 +62,7 @@ class GpuBackend(Backend):
             dtypes=gpu.dtypes,
             fp8=gpu.fp8,
             block_sizes=(16, 32, 64),
+            shapes=ShapeRules(mixed_tokens=options.graph_tokens),
             graphs="none" if options.graphs == "none" else "capture",
             # nccl is torch's name for RCCL, too; builds without it (Windows) have gloo
             dist="nccl" if torch.distributed.is_nccl_available() else "gloo",

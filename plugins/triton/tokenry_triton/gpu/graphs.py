@@ -80,7 +80,7 @@ class Captures:
         """The recording, its packed inputs and its output, which stay where they are."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's
         fixed = self._inputs[: packed.numel()]
         fixed.copy_(packed)
         batch = _views(fixed, example, packed)
@@ -130,7 +130,7 @@ def _packed(batch: StepBatch) -> Tensor:
 
 def _views(fixed: Tensor, example: StepBatch, packed: Tensor) -> StepBatch:
     """The example's tensors as views of `fixed`, each where it is in `packed`."""
-    views: dict[str, Tensor] = {}
+    views: dict[str, Any] = {}
     at = 0
     for name, tensor in _named(example).items():
         shared = tensor.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()

@@ -14,6 +14,9 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "linear": ("model", "fp8"),
 }
 
+NUMBERS: Mapping[str, int] = {"graph_tokens": 256, "graph_memory": 1024}
+"""An example of each."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuOptions:
@@ -23,12 +26,14 @@ class GpuOptions:
     graphs   capture: programs are recorded once and replayed; none: every kernel by itself
     linear   model: in the model's dtype; fp8: weights quantised at load, one scale per output row,
              activations as they come, one scale per token
+    graph_tokens  mixed steps (prompts beside answers) of up to so many tokens are captured, too
     graph_memory  MiB kept for programs when the KV is planned; 0: as much as the largest step took
     """
 
     kernels: str = "auto"
     graphs: str = "capture"
     linear: str = "model"
+    graph_tokens: int = 128
     graph_memory: int = 0
 
     @classmethod
@@ -47,12 +52,13 @@ class GpuOptions:
                     f"--backend-option {key}={value}: it is one of {', '.join(CHOICES[key])}.",
                     mend=f"--backend-option {key}={CHOICES[key][0]}",
                 )
-        if "graph_memory" in values:
-            text = values["graph_memory"]
+        for key, example in NUMBERS.items():
+            text = values.get(key, "0")
             if not (text.isascii() and text.isdecimal()):
                 raise ConfigError(
-                    f"--backend-option graph_memory={text}: not a whole number of MiB.",
-                    mend="--backend-option graph_memory=1024",
+                    f"--backend-option {key}={text}: not a whole number of at least 0.",
+                    mend=f"--backend-option {key}={example}",
                 )
-            values["graph_memory"] = int(text)
+            if key in values:
+                values[key] = int(text)
         return cls(**values)
