@@ -348,3 +348,10 @@ def test_files_that_ask_for_more_than_we_compute_are_refused(
     (path / "modules.json").write_text(json.dumps(listed))
     with pytest.raises(ModelLoadError, match="module LSTM"):
         open_llm(path)
+
+
+def test_a_plan_of_an_encoder_is_refused(bert: Any, capsys: Any) -> None:
+    from tokenry.cli import main
+
+    assert main(["plan", str(bert[0]), "--device", "h200"]) == 2
+    assert "bidirectional encoder: it has no KV cache" in capsys.readouterr().err
