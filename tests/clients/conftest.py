@@ -5,14 +5,16 @@ A test is named test_cNN_CLIENT_what: NN is the check, CLIENT the library that m
 
 import importlib.util
 import re
+import signal
 import sys
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 
 # The clients are an extra: without a word for this directory nothing here is collected.
-if not any("clients" in arg for arg in sys.argv):
+if not any("clients" in Path(arg).parts for arg in sys.argv[1:]):
     collect_ignore_glob = ["test_*.py"]
 
 _NAME = re.compile(r"test_c(\d\d)_([a-z]+)_")
@@ -55,6 +57,17 @@ def server(start_server, tmp_path_factory):
 @pytest.fixture(scope="session")
 def url(server):
     return server.url
+
+
+@pytest.fixture(scope="session")
+def kill_engine():
+    """Ends a server's engine process as the kernel would for want of memory."""
+
+    def kill(server):
+        for child in psutil.Process(server.process.pid).children():
+            child.send_signal(signal.SIGKILL)
+
+    return kill
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import anthropic
 import anyio
 import httpx2
 import openai
@@ -175,25 +176,39 @@ def test_c20_openai_deltas_join_to_the_whole_text(openai_client):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == cut
 
 
-def test_c21_openai_an_engine_that_dies_ends_the_stream_with_an_error(start_server):
-    import os
-    import signal
-    import subprocess
-
+def test_c21_openai_an_engine_that_dies_ends_the_stream_with_an_error(start_server, kill_engine):
     server = start_server().wait_ready()
     asked = {**ASKED, "max_tokens": 1900, "stream": True, "extra_body": {"ignore_eos": True}}
-    found = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid)], capture_output=True, text=True, check=True
-    )
     with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
         stream = client.chat.completions.create(**asked)
         next(iter(stream))
-        for pid in found.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+        kill_engine(server)
         with pytest.raises(openai.APIError) as raised:
             for _ in stream:
                 pass
     assert "engine" in str(raised.value)
+    server.close()
+
+
+def test_c21_anthropic_an_engine_that_dies_ends_every_dialect(start_server, kill_engine):
+    server = start_server().wait_ready()
+    asked = {"model": "demo", "messages": ASKED["messages"], "max_tokens": 1900}
+    with (
+        anthropic.Anthropic(base_url=server.url, api_key="x", max_retries=0) as claude,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client,
+    ):
+        message = claude.messages.create(**asked, stream=True)
+        response = client.responses.create(model="demo", input="A story.", stream=True)
+        begun = [next(iter(message)), next(iter(response))]
+        assert [event.type for event in begun] == ["message_start", "response.created"]
+        kill_engine(server)
+        with pytest.raises(anthropic.APIStatusError) as raised:
+            for _ in message:
+                pass
+        assert "engine" in str(raised.value)
+        *_, last = response
+        assert last.type == "response.failed"
+        assert last.response.error.code == "engine_dead"
     server.close()
 
 
