@@ -70,7 +70,10 @@ ARCHS: Mapping[str, Arch] = {
     for arch in (
         Arch(
             name="sm_80", decode=_NVIDIA_DECODE, split=512, fp8=None,
-            prefill={128: Tile(m=64, n=64, warps=4), 256: Tile(m=64, n=32, warps=8)},
+            prefill={
+                64: Tile(m=64, n=64, warps=4), 128: Tile(m=64, n=32, warps=4),
+                256: Tile(m=64, n=32, warps=8),
+            },
             small=Tile(m=16, n=64, k=128, warps=4, stages=3),
             large=Tile(m=64, n=128, k=64, warps=4, stages=3),
         ),

@@ -9,9 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tokenry.backend.base import Op
+from tokenry_triton.attention import Attention
+from tokenry_triton.launch import arch_of
 from tokenry_triton.rows import ActMul, RmsNorm, Rope
+from tokenry_triton.sample import Sample
 
 
 def triton_ops(arch: str, options: Mapping[str, str] | None = None) -> Mapping[str, Op]:
-    """Ops by name for an architecture."""
-    return {"rms_norm": RmsNorm(), "rope": Rope(), "act_mul": ActMul()}
+    """Ops by name for an architecture.
+
+    options: "deterministic" ("true" or "false", the default): the bits of a row do not depend on
+    the batch. Others are the plugin's own. Raises BackendError for an architecture older than the
+    table's.
+    """
+    found = arch_of(arch)
+    deterministic = (options or {}).get("deterministic", "false") == "true"
+    return {
+        "attention": Attention(found, deterministic=deterministic),
+        "rms_norm": RmsNorm(),
+        "rope": Rope(),
+        "act_mul": ActMul(),
+        "sample": Sample(),
+    }

@@ -2,8 +2,9 @@
 
 The interpreter of triton 3.6 keeps bfloat16 values as their 16-bit patterns and computes on those
 patterns (sums, products, comparisons, dots), and it truncates where a device rounds. `install`
-widens bfloat16 to float32 before each operation and rounds to nearest even after it. It also lets a
-loaded scalar be a loop bound under numpy 2.4.
+widens bfloat16 to float32 before each operation and rounds to nearest even after it. Narrowing to
+float8 is wrong where rounding carries into the exponent (0.484 becomes 0.25): `install` has torch
+do it, and clamps as devices do. It also lets a loaded scalar be a loop bound under numpy 2.4.
 
 For tests only. TRITON_INTERPRET=1 must be in the environment before triton is imported first.
 """
@@ -11,6 +12,7 @@ For tests only. TRITON_INTERPRET=1 must be in the environment before triton is i
 from __future__ import annotations
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -53,6 +55,19 @@ def _in_float32(method):
     return call
 
 
+FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+
+def _is_f32(handle):
+    return handle.dtype.scalar == tl.float32
+
+
+def _narrow_to_float8(values, dtype):
+    most = torch.finfo(dtype).max
+    wide = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-most, most)
+    return wide.to(dtype).view(torch.uint8).numpy().reshape(np.shape(values))
+
+
 def _casts(cast, fp_to_fp):
     def cast_impl(self, source, to):
         source = _wide(source)
@@ -61,6 +76,9 @@ def _casts(cast, fp_to_fp):
         return source if source.dtype.scalar == to.scalar else cast(self, source, to)
 
     def create_fp_to_fp(self, source, to, rounding):
+        if to.scalar in FLOAT8:
+            exact = fp_to_fp(self, source, tl.float32, None) if not _is_f32(source) else source
+            return TensorHandle(_narrow_to_float8(exact.data, FLOAT8[to.scalar]), to.scalar)
         if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
             return TensorHandle(narrow(source.data), tl.bfloat16)
         return fp_to_fp(self, source, to, rounding)
@@ -69,8 +87,16 @@ def _casts(cast, fp_to_fp):
 
 
 def _dots(dot):
+    """Summed in float64: numpy's float32 product of a row depends on where the row lies, a device's
+    does not.
+    """
+
     def create_dot(self, a, b, accumulator, *rest):
-        return dot(self, _wide(a), _wide(b), accumulator, *rest)
+        a, b = _wide(a), _wide(b)
+        if not (a.dtype.scalar.is_standard_floating() and b.dtype.scalar.is_standard_floating()):
+            return dot(self, a, b, accumulator, *rest)
+        total = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + accumulator.data
+        return TensorHandle(total.astype(accumulator.data.dtype), accumulator.dtype.scalar)
 
     return create_dot
 

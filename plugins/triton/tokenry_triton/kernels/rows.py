@@ -103,7 +103,7 @@ def tanh(x):
 
 @triton.jit
 def act_mul(x, y, x_row, size, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Store y [T, size] = kind(x[:, :size]) * x[:, size:]; one program a row and a block of columns."""
+    """Store y [T, size] = kind(x[:, :size]) * x[:, size:]; a program a row and a block."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

@@ -1,0 +1,64 @@
+"""What the compiler makes of every launch, for devices that are not here, against a budget.
+
+budgets.json has, for each target and launch, the most registers, spilled registers and bytes of
+shared memory, and the fewest matrix instructions. After a change that is meant, write it anew:
+python plugins/triton/tests/lane/triton_aot.py cuda:80 cuda:90 hip:gfx942 hip:gfx950 > budgets.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+BUDGETS = json.loads((HERE / "budgets.json").read_text())
+SHARED = {
+    "cuda:80": 163 * 1024,
+    "cuda:90": 227 * 1024,
+    "hip:gfx942": 2**16,
+    "hip:gfx950": 160 * 1024,
+}
+"""Bytes of shared memory that one program may have. CUDA C programming guide, table of compute
+capabilities; CDNA 3 and 4 ISA documents."""
+SLACK = 8
+"""Registers that another patch release of the compiler may take more."""
+
+
+def figures(target):
+    """Of all launches, from a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "lane" / "triton_aot.py"), target]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)[target]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("cuda:80", marks=pytest.mark.slow),
+        pytest.param("cuda:90", marks=pytest.mark.slow),
+        pytest.param("hip:gfx942", marks=pytest.mark.slow),
+        pytest.param("hip:gfx950", marks=pytest.mark.slow),
+    ],
+)
+def test_every_launch_keeps_its_budget(target):
+    made, budget = figures(target), BUDGETS[target]
+    assert made.keys() == budget.keys()
+    for name, one in made.items():
+        most = budget[name]
+        assert one["registers"] <= most["registers"] + SLACK, name
+        assert one["spilled"] <= most["spilled"], name
+        assert one["shared"] <= min(most["shared"], SHARED[target]), name
+        assert one["matrix"] >= most["matrix"] // 2, name
+        assert (one["matrix"] > 0) == (most["matrix"] > 0), name
+
+
+@pytest.mark.parametrize("target", sorted(BUDGETS))
+def test_no_launch_spills(target):
+    assert {name: one for name, one in BUDGETS[target].items() if one["spilled"]} == {}

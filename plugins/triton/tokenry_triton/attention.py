@@ -1,0 +1,148 @@
+"""The attention op: writes the new keys and values, then attends, without waiting for the device.
+
+In: q, k, v, one layer's KV [2, num_blocks, block_size, num_kv_heads, head_dim] and the batch. Out:
+[T, num_heads * head_dim]. The grid follows from the bucket and the width of the block table alone,
+so a captured step replays on any batch of its bucket. The KV may be float8: it is widened when
+read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tokenry.backend.base import StepBatch
+from tokenry.backend.reference import ReferenceOp
+from tokenry_triton.kernels import attention as kernels
+from tokenry_triton.launch import Arch
+from tokenry_triton.rows import fits_dtype
+
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+"""Most query heads of one KV head."""
+MAX_SPLITS = 32
+"""Programs that one request's decode is spread over at most: bounds the memory of the parts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What a layer does to its scores."""
+
+    scale: float
+    window: int
+    softcap: float
+
+
+class Attention(ReferenceOp):
+    """Paged attention for prefill, chunks and decode.
+
+    deterministic: one tile for all phases and no splits, so that the bits of a row depend neither
+    on the other rows nor on chunking; long decodes of few requests are slower for it.
+    """
+
+    def __init__(self, arch: Arch, *, deterministic: bool = False) -> None:
+        self._arch = arch
+        self._deterministic = deterministic
+
+    def supports(self, **meta: Any) -> bool:
+        """Head dims up to 256, up to 64 query heads for one KV head."""
+        group = int(meta.get("num_heads", 1)) // max(1, int(meta.get("num_kv_heads", 1)))
+        return (
+            fits_dtype(meta) and int(meta.get("head_dim", 1)) <= MAX_HEAD_DIM and group <= MAX_GROUP
+        )
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_layer: Tensor,
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """[T, num_heads * head_dim], 0 where a row is padding."""
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        write_kv(k, v, kv_layer, batch.slots)
+        rule = Rule(scale=scale, window=window or 0, softcap=softcap or 0.0)
+        bucket = batch.bucket
+        decode = bucket.phase == "decode" and bucket.tokens == bucket.seqs
+        splits = 1
+        if decode and not self._deterministic:
+            width = batch.block_table.shape[1] * kv_layer.shape[2]
+            splits = min(MAX_SPLITS, triton.cdiv(width, self._arch.split))
+        if splits > 1:
+            return self._split(q, kv_layer, batch, rule, splits)
+        # a decode's row i is request i's and is written; what other steps leave out is padding
+        make = torch.empty if decode else torch.zeros
+        out = make((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+        self._attend(q, kv_layer, batch, rule, out=out, decode=decode)
+        return out
+
+    def _split(
+        self, q: Tensor, kv_layer: Tensor, batch: StepBatch, rule: Rule, splits: int
+    ) -> Tensor:
+        """A decode whose requests are spread over programs and merged from first key to last."""
+        tokens, heads, dim = q.shape
+        wide = {"dtype": torch.float32, "device": q.device}
+        parts = torch.empty((tokens, heads, splits, dim), **wide)
+        peaks = torch.full((tokens, heads, splits), -torch.inf, **wide)
+        sums = torch.empty_like(peaks)
+        out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
+        self._attend(q, kv_layer, batch, rule, out=out, decode=True, parts=(parts, peaks, sums))
+        kernels.merge[(tokens, heads)](
+            parts, peaks, sums, out, batch.seq_lens, splits, dim,
+            DIM=triton.next_power_of_2(dim), SPLIT=self._arch.split, MOST=MAX_SPLITS, num_warps=1,
+        )  # fmt: skip
+        return out
+
+    def _attend(
+        self,
+        q: Tensor,
+        kv_layer: Tensor,
+        batch: StepBatch,
+        rule: Rule,
+        *,
+        out: Tensor,
+        decode: bool,
+        parts: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        """Launch the kernel over tiles of requests, KV heads and splits."""
+        tokens, heads, dim = q.shape
+        kv_heads, seqs = kv_layer.shape[3], batch.bucket.seqs
+        group = heads // kv_heads
+        padded = triton.next_power_of_2(group)
+        tile = self._arch.attention(head_dim=dim, decode=decode or self._deterministic)
+        m = max(tile.m, padded)
+        per_tile = 1 if decode else m // padded
+        tiles = seqs if decode else triton.cdiv(tokens, per_tile) + seqs
+        plane, block, slot, head, _ = kv_layer.stride()
+        splits = 1 if parts is None else parts[1].shape[2]
+        kernels.attend[(tiles, kv_heads, splits)](
+            q, kv_layer, out, *(parts or (out, out, out)),
+            batch.q_start, batch.q_lens, batch.seq_lens, batch.block_table,
+            q.stride(0), q.stride(1), plane, block, slot, head, batch.block_table.stride(0),
+            seqs, seqs.bit_length(), heads, group, dim, rule.scale, rule.softcap, rule.window,
+            BLOCK_SIZE=kv_layer.shape[2], M=m, N=tile.n, TOKENS=per_tile, GROUP=padded,
+            DIM=max(16, triton.next_power_of_2(dim)), DECODE=decode, SOFTCAP=rule.softcap > 0,
+            WINDOW=rule.window > 0, SPLIT=0 if parts is None else self._arch.split,
+            MOST=MAX_SPLITS, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def write_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
+    """k, v [T, KH, D] to their slots of kv_layer, in place; slots of block 0 are left alone."""
+    tokens, heads, dim = k.shape
+    plane, block, slot, head, _ = kv_layer.stride()
+    if tokens:
+        kernels.write_kv[(tokens,)](
+            k, v, kv_layer, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            plane, block, slot, head, heads, dim, BLOCK_SIZE=kv_layer.shape[2],
+            HEADS=triton.next_power_of_2(heads), DIM=triton.next_power_of_2(dim), num_warps=4,
+        )  # fmt: skip
