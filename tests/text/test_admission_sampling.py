@@ -49,6 +49,21 @@ def test_every_field_that_needs_logits_is_refused_where_there_are_none():
     assert admit([5], plain, priority=0, param="prompt").top_p == 0.9
 
 
+def test_a_beam_search_has_as_many_ends_and_beams_as_can_be_compared():
+    admit = admission()
+    many = SamplingParams(beam_width=2, stop_token_ids=range(17))
+    with pytest.raises(RequestError, match="at most 16") as caught:
+        admit([5], many, priority=0, param="prompt")
+    assert caught.value.param == "stop_token_ids"
+    admit([5], SamplingParams(stop_token_ids=range(17)), priority=0, param="prompt")
+    small = Admission(
+        Tokenizer.load(find_model("demo")), max_model_len=64, vocab_size=9, limits=RequestLimits()
+    )
+    with pytest.raises(RequestError, match="9 tokens") as caught:
+        small([5], SamplingParams(beam_width=10), priority=0, param="prompt")
+    assert caught.value.param == "beam_width"
+
+
 def test_breakers_are_tokens_only_where_dry_asks_for_them():
     admit = admission()
     off = admit([5], SamplingParams(), priority=0, param="prompt")

@@ -9,6 +9,7 @@ end are kept by score / length ** length_penalty if they are among the best `wid
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -65,10 +66,13 @@ class BeamSearch:
         likely tokens.
         """
         length = len(self.beams[0].tokens) + 1
-        best = sorted(
-            (self._continued(i, entry, j) for i, entry in enumerate(likely) for j in _rest(entry)),
-            key=lambda h: -h.score,
-        )[: self.num_candidates]
+        options = (
+            (beam.score + entry.logprobs[j], i, j)
+            for i, (beam, entry) in enumerate(zip(self.beams, likely, strict=True))
+            for j in range(1, len(entry.token_ids))
+        )
+        first = heapq.nsmallest(self.num_candidates, options, key=lambda o: -o[0])
+        best = [self._continued(i, likely[i], j) for _, i, j in first]
         ends = [h for h in best[: self.width] if h.finish is not None]
         ended = [replace(h, score=h.score / length**self.length_penalty) for h in ends]
         if not (self.early_stopping is True and len(self.ended) == self.width):
@@ -115,8 +119,3 @@ class BeamSearch:
             finish=finish,
             stop_reason=token if token in self.stop_ids - self.eos_ids else None,
         )
-
-
-def _rest(entry: TokenLogprobs) -> range:
-    """Places of the most likely tokens: the first place is the drawn one's."""
-    return range(1, len(entry.token_ids))

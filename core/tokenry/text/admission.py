@@ -19,6 +19,7 @@ from tokenry.text.pooling import check_params, check_wanted
 from tokenry.text.tokenizer import Tokenizer
 
 NEUTRAL = SamplingParams()
+MAX_BEAM_STOPS = 16
 MAX_PRIORITY = 1000
 """A priority is worth a bounded number of steps (see engine/scheduler.py), so its size is, too."""
 
@@ -99,11 +100,14 @@ class Admission:
                 f"top_k is {params.top_k}, this device draws from {limits.max_top_k} at most.",
                 param="top_k",
             )
+        _check_beams(params, self._vocab_size)
         for field in limits.unserved:
             if getattr(params, field) != getattr(NEUTRAL, field):
+                shape = params.structured_outputs  # its field has one of several names
+                name = shape.param if field == "structured_outputs" and shape else field
                 raise RequestError(
-                    f"{field} cannot be served: this device draws by itself and gives no logits.",
-                    param=field,
+                    f"{told} cannot be served: this device draws by itself and gives no logits.",
+                    param=told,
                     code="unsupported",
                 )
         known = limits.logits_processors
@@ -147,6 +151,16 @@ class Admission:
                 f"{self._vocab_size - 1}.",
                 param=name,
             )
+
+
+def _check_beams(params: SamplingParams, vocab_size: int) -> None:
+    """Every beam tells its likeliest tokens, the more the more tokens can end it."""
+    if params.beam_width > vocab_size:
+        text = f"The model has {vocab_size} tokens, so no more beams than that."
+        raise RequestError(text, param="beam_width")
+    if params.beam_width and len(params.stop_token_ids) > MAX_BEAM_STOPS:
+        text = f"A beam search takes at most {MAX_BEAM_STOPS} stop_token_ids."
+        raise RequestError(text, param="stop_token_ids")
 
 
 def check_answer_length(
