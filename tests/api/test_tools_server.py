@@ -304,3 +304,12 @@ def test_tools_are_for_chats(plain):
 
 def test_books_agree_afterwards(server):
     assert server.http.get("/health/integrity").json() == {"ok": True}
+
+
+def test_capabilities_tell_how_the_model_calls_and_thinks(plain, hermes):
+    told = [s.http.get("/v1/capabilities").json()["models"][0] for s in (plain, hermes)]
+    assert [(m["tool_parser"], m["reasoning_parser"]) for m in told] == [
+        ("json", None),
+        ("hermes", "think"),
+    ]
+    assert "response_format" in told[0]["endpoints"]["/v1/chat/completions"]["fields"]

@@ -16,6 +16,7 @@ import tokenry
 from tokenry.api.absent import ABSENT
 from tokenry.api.fleet import Fleet, ServedModel
 from tokenry.api.routes import Endpoint, Handler, get
+from tokenry.api.shape import SHAPES
 from tokenry.api.wire import JSON
 from tokenry.messages import RequestLimits
 
@@ -78,6 +79,7 @@ def _model(model: ServedModel, asked: list[Endpoint]) -> dict[str, Any]:
         "generates": limits.tokens,
         "vectors": limits.vectors is not None,
         "logits_processors": limits.logits_processors,
+        **_answers(model),
         "endpoints": {
             **{e.path: _endpoint(e, limits) for e in asked if e.path not in ABSENT},
             **{
@@ -85,6 +87,18 @@ def _model(model: ServedModel, asked: list[Endpoint]) -> dict[str, Any]:
                 for path, what in ABSENT.items()
             },
         },
+    }
+
+
+def _answers(model: ServedModel) -> dict[str, Any]:
+    """How the model calls tools and thinks, as the server reads it."""
+    if not model.service.engine.ready.limits.tokens:
+        return {"tool_parser": None, "reasoning_parser": None}
+    form = model.service.answer_format
+    thinks = None if form.reasoning is None else form.reasoning.name
+    return {
+        "tool_parser": form.tools.name,
+        "reasoning_parser": form.tools.name if form.channels else thinks,
     }
 
 
@@ -99,7 +113,10 @@ def _endpoint(endpoint: Endpoint, limits: RequestLimits) -> dict[str, Any]:
         if endpoint.path == ("/classify" if embeds else "/v1/embeddings"):
             gives = "embeddings" if embeds else "scores or classes"
             return {"served": False, "why": f"this model gives {gives}"}
-    unserved = dict.fromkeys(limits.unserved, "the device, which draws by itself, cannot")
+    names = list(limits.unserved)
+    if "structured_outputs" in names:
+        names += SHAPES
+    unserved = dict.fromkeys(names, "the device, which draws by itself, cannot")
     fields = getattr(endpoint.body, "__struct_fields__", ())
     why = {name: text for name, text in endpoint.refused.items() if name not in fields}
     return {

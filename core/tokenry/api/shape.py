@@ -36,6 +36,10 @@ _GUIDED = {
 }
 
 
+SHAPES = ("response_format", *_GUIDED, "guided_whitespace_pattern")
+"""Names of these fields beside structured_outputs."""
+
+
 def shape_of(request: ShapeFields) -> StructuredOutputs | None:
     """What the fields ask for. Raises RequestError."""
     found: list[StructuredOutputs] = []
