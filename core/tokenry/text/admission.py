@@ -104,7 +104,7 @@ class Admission:
         for field in limits.unserved:
             if getattr(params, field) != getattr(NEUTRAL, field):
                 shape = params.structured_outputs  # its field has one of several names
-                name = shape.param if field == "structured_outputs" and shape else field
+                told = shape.param if field == "structured_outputs" and shape else field
                 raise RequestError(
                     f"{told} cannot be served: this device draws by itself and gives no logits.",
                     param=told,
