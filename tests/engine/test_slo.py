@@ -229,3 +229,16 @@ def test_every_request_gets_its_tokens_whatever_its_targets(
     for name, message in messages.items():
         if name not in aborted:
             assert tokens_of(events[name]) == expected(message, 44), name
+
+
+def test_in_a_long_queue_an_urgent_request_is_seen_within_a_few_steps():
+    world = World(max_num_seqs=4)
+    world.learn()
+    for i in range(600):
+        world.add(f"patient{i}", 60, 2)
+    for _ in range(3):
+        world.step()
+    world.add("urgent", 30, 2, ttft_target_ms=2000.0)
+    for _ in range(12):
+        world.step()
+    assert "urgent" in world.first

@@ -34,6 +34,8 @@ DUE_SHARE = 0.25
 """Share of the prompt tokens that goes to those who are due while others can be in time."""
 MIN_PREFILL = 16
 """Prompt tokens that a step may have however little the answers can bear: they must end, too."""
+_ARRANGED_PER_STEP = 256
+"""Requests that may wait for each step between two arrangements of the queue."""
 MARGIN = 0.9
 """Share of a predicted slack that is used: predictions err."""
 
@@ -58,27 +60,12 @@ class SLOPolicy(Policy):
     def begin(self, running: Sequence[Request], now_s: float) -> int:
         """Order who waits, by what can be in time now; tokens that the answers can bear."""
         self._now_s = now_s
-        waiting = self._slo_queue.waiting()
         busy = [r for r in running if r.num_pending or r.num_tokens > r.num_computed]
         num_running = len(busy)
         paces = [p for r in busy if (p := _tpot_s(r)) is not None]
         self._slo_queue.open = self._has_pace_for_one_more(num_running, paces)
-        due, hopeful, idle = [], [], []
-        for request in waiting:
-            deadline = self._deadline(request)
-            if deadline is not None and now_s + self._prefill_s(request, num_running) <= deadline:
-                hopeful.append((deadline, request))
-            elif now_s >= due_s(request):
-                due.append(request)
-            else:
-                idle.append(request)
-        hurried = [(d, r) for r in running if (d := self._hurry(r, num_running)) is not None]
-        accepted, put_off = self._feasible([*hopeful, *hurried], num_running)
-        due.sort(key=_due_key)
-        idle.sort(key=_due_key)
-        self._first_deadline_s = self._deadline(accepted[0]) or math.inf if accepted else math.inf
-        first = [*due, *accepted] if self._due_credit > 0 else [*accepted, *due]
-        self._slo_queue.set_order([*first, *put_off, *idle])
+        if self._slo_queue.order_is_stale():
+            self._arrange(running, num_running)
         return self._budget(running, now_s)
 
     def order(self, running: Sequence[Request]) -> tuple[list[Request], int]:
@@ -115,6 +102,28 @@ class SLOPolicy(Policy):
         self._answer.add(request.num_output)
 
     # ---- predictions -------------------------------------------------------------------------
+
+    def _arrange(self, running: Sequence[Request], num_running: int) -> None:
+        """Who is asked first, of all that wait."""
+        due, hopeful, idle = [], [], []
+        for request in self._slo_queue.waiting():
+            deadline = self._deadline(request)
+            if (
+                deadline is not None
+                and self._now_s + self._prefill_s(request, num_running) <= deadline
+            ):
+                hopeful.append((deadline, request))
+            elif self._now_s >= due_s(request):
+                due.append(request)
+            else:
+                idle.append(request)
+        hurried = [(d, r) for r in running if (d := self._hurry(r, num_running)) is not None]
+        accepted, put_off = self._feasible([*hopeful, *hurried], num_running)
+        due.sort(key=_due_key)
+        idle.sort(key=_due_key)
+        self._first_deadline_s = self._deadline(accepted[0]) or math.inf if accepted else math.inf
+        first = [*due, *accepted] if self._due_credit > 0 else [*accepted, *due]
+        self._slo_queue.set_order([*first, *put_off, *idle])
 
     def _budget(self, running: Sequence[Request], now_s: float) -> int:
         """Tokens that fit into the time that the answers under way leave."""
@@ -228,7 +237,7 @@ class SLOQueue:
         self._requests: dict[str, Request] = {}
         self._num_left = 0
         self._order: list[Request] = []
-        self._next = 0
+        self._next = self._num_steps = 0
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -242,10 +251,18 @@ class SLOQueue:
             self._num_left = 0
         return list(self._requests.values())
 
+    def order_is_stale(self) -> bool:
+        """Whether to arrange anew: in every step, but in a long queue only after so many steps that
+        a step's share of the work stays small.
+        """
+        self._num_steps += 1
+        used_up = self._next >= len(self._order)
+        return used_up or self._num_steps * _ARRANGED_PER_STEP >= len(self._requests)
+
     def set_order(self, order: list[Request]) -> None:
         """Who is asked first in this step; a token in flight must be known before a return."""
         self._order = [request for request in order if not request.num_pending]
-        self._next = 0
+        self._next = self._num_steps = 0
 
     def push(self, request: Request) -> None:
         """Take in a request whose status is WAITING; it is ordered from the next step on."""
