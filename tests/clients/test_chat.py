@@ -197,8 +197,11 @@ def test_c21_anthropic_an_engine_that_dies_ends_every_dialect(start_server, kill
         anthropic.Anthropic(base_url=server.url, api_key="x", max_retries=0) as claude,
         openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client,
     ):
-        message = claude.messages.create(**asked, stream=True)
-        response = client.responses.create(model="demo", input="A story.", stream=True)
+        endless = {"ignore_eos": True}
+        message = claude.messages.create(**asked, stream=True, extra_body=endless)
+        response = client.responses.create(
+            model="demo", input="A story.", stream=True, extra_body=endless
+        )
         begun = [next(iter(message)), next(iter(response))]
         assert [event.type for event in begun] == ["message_start", "response.created"]
         kill_engine(server)

@@ -14,7 +14,7 @@ from tokenry.errors import RequestError
 
 
 class MessagesRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /v1/messages."""
+    """POST /v1/messages; seed and ignore_eos are the chat route's."""
 
     model: str
     messages: list[dict[str, Any]]
@@ -29,6 +29,8 @@ class MessagesRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    seed: int | None = None
+    ignore_eos: bool | None = None
 
 
 def chat_body(wanted: MessagesRequest) -> dict[str, Any]:
@@ -44,6 +46,8 @@ def chat_body(wanted: MessagesRequest) -> dict[str, Any]:
         "temperature": wanted.temperature,
         "top_p": wanted.top_p,
         "top_k": wanted.top_k,
+        "seed": wanted.seed,
+        "ignore_eos": wanted.ignore_eos,
     }
     if wanted.stream:
         options = {"include_usage": True, "continuous_usage_stats": True}

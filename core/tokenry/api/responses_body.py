@@ -53,6 +53,7 @@ _SAME = (
     "top_k",
     "min_p",
     "repetition_penalty",
+    "ignore_eos",
     "priority",
     "cache_salt",
     "chat_template_kwargs",
@@ -87,6 +88,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
