@@ -36,8 +36,9 @@ class Infill:
     def of(tokenizer: Tokenizer) -> Infill | None:
         """The model's marks, None if it cannot fill in."""
         for names in (*_MARKS, _SUFFIX_FIRST):
-            ids = tuple(tokenizer.core.token_to_id(name) for name in names)
-            if all(i is not None for i in ids):
+            found = (tokenizer.core.token_to_id(name) for name in names)
+            ids = tuple(i for i in found if i is not None)
+            if len(ids) == len(names):
                 return Infill(marks=ids)
         return None
 
