@@ -28,6 +28,8 @@ from tokenry_triton.gpu.options import GpuOptions
 
 log = logging.getLogger("tokenry.gpu")
 MIB = 2**20
+QUANT = frozenset({"int8", "int4"})
+"""What Triton's products have of the formats that `--quantization` knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +59,17 @@ class GpuBackend(Backend):
         self._options = options
         self._captures = Captures(gpu.index)
         self._ops = pick_ops(gpu, options)
+        quantizes = hasattr(self._ops["linear"], "quantize") and hasattr(
+            self._ops["moe"], "quantize"
+        )
         self.caps = Caps(
             input_device=f"cuda:{gpu.index}",
             dtypes=gpu.dtypes,
             fp8=gpu.fp8,
             block_sizes=(16, 32, 64),
             shapes=ShapeRules(mixed_tokens=options.graph_tokens),
+            quant=QUANT if quantizes else frozenset(),
+            batch_invariant=options.deterministic == "true",
             graphs="none" if options.graphs == "none" else "capture",
             # nccl is torch's name for RCCL, too; builds without it (Windows) have gloo
             dist="nccl" if torch.distributed.is_nccl_available() else "gloo",
@@ -175,14 +182,13 @@ def pick_ops(gpu: Gpu, options: GpuOptions) -> Mapping[str, Op]:
     missing = [m for m in ("triton", "tokenry_triton.ops") if find_spec(m) is None]
     if missing:
         text = f"The {gpu.backend} backend has no Triton kernels here ({missing[0]} is missing)"
-        if options.kernels == "triton":
+        if options.kernels == "triton" or options.deterministic == "true":
             raise ConfigError(f"{text}.", mend="pip install triton, or kernels=torch")
         log.warning("%s: plain torch computes instead, more slowly.", text)
         return plain
     from tokenry_triton.ops import triton_ops
 
-    chosen: Mapping[str, str] = {"linear": options.linear, "fp8": gpu.fp8}
-    found = dict(triton_ops(gpu.arch, chosen))
+    found = dict(triton_ops(gpu.arch, {"deterministic": options.deterministic}))
     if options.linear == "fp8":
         found.pop("linear", None)  # torch's own FP8 product
     return {**plain, **found}

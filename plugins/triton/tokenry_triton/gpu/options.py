@@ -12,6 +12,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "kernels": ("auto", "triton", "torch"),
     "graphs": ("capture", "none"),
     "linear": ("model", "fp8"),
+    "deterministic": ("false", "true"),
 }
 
 NUMBERS: Mapping[str, int] = {"graph_tokens": 256, "graph_memory": 1024}
@@ -26,6 +27,8 @@ class GpuOptions:
     graphs   capture: programs are recorded once and replayed; none: every kernel by itself
     linear   model: in the model's dtype; fp8: weights quantised at load, one scale per output row,
              activations as they come, one scale per token
+    deterministic  true: Triton's kernels in shapes that do not depend on the batch, so that a
+             request's bits do not either
     graph_tokens  mixed steps (prompts beside answers) of up to so many tokens are captured, too
     graph_memory  MiB kept for programs when the KV is planned; 0: as much as the largest step took
     """
@@ -33,6 +36,7 @@ class GpuOptions:
     kernels: str = "auto"
     graphs: str = "capture"
     linear: str = "model"
+    deterministic: str = "false"
     graph_tokens: int = 128
     graph_memory: int = 0
 
@@ -52,6 +56,14 @@ class GpuOptions:
                     f"--backend-option {key}={value}: it is one of {', '.join(CHOICES[key])}.",
                     mend=f"--backend-option {key}={CHOICES[key][0]}",
                 )
+        if values.get("deterministic") == "true" and (
+            values.get("kernels") == "torch" or values.get("linear") == "fp8"
+        ):
+            raise ConfigError(
+                "--backend-option deterministic=true is for Triton's kernels: torch's choose their "
+                "sums by the number of rows.",
+                mend="leave out kernels=torch and linear=fp8",
+            )
         for key, example in NUMBERS.items():
             text = values.get(key, "0")
             if not (text.isascii() and text.isdecimal()):
