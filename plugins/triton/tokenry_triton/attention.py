@@ -2,8 +2,8 @@
 
 In: q, k, v, one layer's KV [2, num_blocks, block_size, num_kv_heads, head_dim] and the batch. Out:
 [T, num_heads * head_dim]. The grid follows from the bucket and the width of the block table alone,
-so a captured step replays on any batch of its bucket. The KV may be float8: it is widened when
-read.
+so a captured step replays on any batch of its bucket. The KV may be float8 where the
+architecture has it: it is widened when read.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Attention(ReferenceOp):
     ) -> Tensor:
         """A decode whose requests are spread over programs and merged from first key to last."""
         tokens, heads, dim = q.shape
-        wide = {"dtype": torch.float32, "device": q.device}
-        parts = torch.empty((tokens, heads, splits, dim), **wide)
-        peaks = torch.full((tokens, heads, splits), -torch.inf, **wide)
+        shape = (tokens, heads, splits)
+        parts = torch.empty((*shape, dim), dtype=torch.float32, device=q.device)
+        peaks = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
         sums = torch.empty_like(peaks)
         out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
         self._attend(q, kv_layer, batch, rule, out=out, decode=True, parts=(parts, peaks, sums))

@@ -62,7 +62,7 @@ _AMD_PREFILL = {
     128: Tile(m=64, n=64, warps=4, stages=1),
     256: Tile(m=64, n=32, warps=4, stages=1),
 }
-_AMD_SMALL = Tile(m=16, n=64, k=128, warps=4, stages=2)
+_AMD_SMALL = Tile(m=16, n=32, k=128, warps=4, stages=2)
 _AMD_LARGE = Tile(m=64, n=128, k=64, warps=8, stages=2)
 
 ARCHS: Mapping[str, Arch] = {
@@ -74,19 +74,19 @@ ARCHS: Mapping[str, Arch] = {
                 64: Tile(m=64, n=64, warps=4), 128: Tile(m=64, n=32, warps=4),
                 256: Tile(m=64, n=32, warps=8),
             },
-            small=Tile(m=16, n=64, k=128, warps=4, stages=3),
+            small=Tile(m=16, n=32, k=128, warps=4, stages=3),
             large=Tile(m=64, n=128, k=64, warps=4, stages=3),
         ),
         Arch(
             name="sm_90", decode=_NVIDIA_DECODE, split=512, fp8="float8_e4m3fn",
             prefill={128: Tile(m=128, n=64, warps=8), 256: Tile(m=64, n=32, warps=8)},
-            small=Tile(m=16, n=64, k=128, warps=4, stages=4),
+            small=Tile(m=16, n=32, k=128, warps=4, stages=4),
             large=Tile(m=128, n=128, k=64, warps=8, stages=3),
         ),
         Arch(
             name="sm_100", decode=_NVIDIA_DECODE, split=512, fp8="float8_e4m3fn",
             prefill={128: Tile(m=128, n=64, warps=8), 256: Tile(m=64, n=32, warps=8)},
-            small=Tile(m=16, n=64, k=128, warps=4, stages=4),
+            small=Tile(m=16, n=32, k=128, warps=4, stages=4),
             large=Tile(m=128, n=128, k=64, warps=8, stages=3),
         ),
         Arch(

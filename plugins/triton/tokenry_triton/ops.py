@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from tokenry.backend.base import Op
 from tokenry_triton.attention import Attention
 from tokenry_triton.launch import arch_of
+from tokenry_triton.linear import Linear
+from tokenry_triton.moe import Moe
 from tokenry_triton.rows import ActMul, RmsNorm, Rope
 from tokenry_triton.sample import Sample
 
@@ -26,6 +28,8 @@ def triton_ops(arch: str, options: Mapping[str, str] | None = None) -> Mapping[s
     deterministic = (options or {}).get("deterministic", "false") == "true"
     return {
         "attention": Attention(found, deterministic=deterministic),
+        "linear": Linear(found, deterministic=deterministic),
+        "moe": Moe(found, deterministic=deterministic),
         "rms_norm": RmsNorm(),
         "rope": Rope(),
         "act_mul": ActMul(),

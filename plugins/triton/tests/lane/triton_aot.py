@@ -72,7 +72,8 @@ def _launch(kernel, args, kwargs):
     signature, constants, aligned = {}, {}, []
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        one = isinstance(value, int) and value == 1  # Triton makes a constant of it
+        special = not parameter.do_not_specialize
+        one = special and isinstance(value, int) and value == 1  # Triton makes a constant of it
         if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
@@ -81,7 +82,7 @@ def _launch(kernel, args, kwargs):
             aligned.append((i,))
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 aligned.append((i,))
         else:
             signature[parameter.name] = "fp32"

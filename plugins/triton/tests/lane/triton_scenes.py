@@ -11,6 +11,7 @@ import torch
 
 from tokenry.backend.base import SampleInputs, StepBatch
 from tokenry.backend.contract import Bucket
+from tokenry_triton.launch import arch_of
 from tokenry_triton.ops import triton_ops
 
 
@@ -23,7 +24,8 @@ def scenes(target):
     """Scene name -> a call that launches kernels, for a compiler target."""
     arch = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
     ops = triton_ops(arch)
-    return {**rows(ops), **attention(ops), **sample(ops)}
+    fp8 = arch_of(arch).fp8
+    return {**rows(ops), **attention(ops, fp8), **sample(ops), **products(ops, fp8)}
 
 
 def rows(ops):
@@ -52,16 +54,16 @@ def batch(phase, tokens, seqs, blocks):
     return StepBatch(bucket=bucket, extra={}, **parts)
 
 
-def attention(ops):
+def attention(ops, fp8):
     """Decode, split decode and prefill of Llama-3.1-8B, Qwen3-like 64-wide heads, Gemma-2."""
 
-    def call(phase, tokens, seqs, blocks, heads, kv_heads, dim, **rule):
+    def call(phase, tokens, seqs, blocks, heads, kv_heads, dim, kv="bfloat16", **rule):
         q, k = meta(tokens, heads + kv_heads, dim).split_with_sizes((heads, kv_heads), 1)
-        kv = meta(2, 1000, 16, kv_heads, dim)
+        kv = meta(2, 1000, 16, kv_heads, dim, dtype=getattr(torch, kv))
         ops["attention"](q, k, k, kv, batch(phase, tokens, seqs, blocks), scale=0.1, **rule)
 
     gemma = {"window": 4096, "softcap": 50.0}
-    return {
+    found = {
         "decode 128": partial(call, "decode", 64, 64, 32, 32, 8, 128),
         "split decode 128": partial(call, "decode", 64, 64, 512, 32, 8, 128),
         "prefill 128": partial(call, "prefill", 2048, 4, 512, 32, 8, 128),
@@ -70,6 +72,9 @@ def attention(ops):
         "decode 256 window softcap": partial(call, "decode", 64, 64, 32, 8, 4, 256, **gemma),
         "prefill 256 window softcap": partial(call, "prefill", 2048, 4, 512, 8, 4, 256, **gemma),
     }
+    if fp8:
+        found["decode 128 fp8 kv"] = partial(call, "decode", 64, 64, 512, 32, 8, 128, fp8)
+    return found
 
 
 def sample(ops):
@@ -89,3 +94,30 @@ def sample(ops):
         "draw": partial(call, any_filter=False),
         "filtered draw": call,
     }
+
+
+def products(ops, fp8):
+    """Narrow linears of Llama-3.1-8B, with few rows and with many; experts of Qwen3-30B-A3B."""
+    linear, moe = ops["linear"], ops["moe"]
+
+    def call(format, rows):
+        linear(meta(rows, 4096), linear.quantize({"weight": meta(6144, 4096)}, format))
+
+    def mixture(format, rows):
+        weights = {"w13": meta(128, 1536, 2048), "w2": meta(128, 2048, 768)}
+        packed = moe.pack(weights) if format is None else moe.quantize(weights, format)
+        rule = {"top_k": 8, "renormalize": True, "kind": "silu"}
+        moe(meta(rows, 2048), meta(rows, 128), packed, **rule)
+
+    many = {"few": 8, "many": 2048}
+    found = {
+        f"linear {format} {few}": partial(call, format, rows)
+        for format in ("int8", "int4", *(["fp8"] if fp8 else []))
+        for few, rows in many.items()
+    }
+    found["moe few"] = partial(mixture, None, 16)
+    found["moe many"] = partial(mixture, None, 4096)
+    if fp8:
+        found["moe fp8 few"] = partial(mixture, "fp8", 16)
+    found["moe int4 few"] = partial(mixture, "int4", 16)
+    return found

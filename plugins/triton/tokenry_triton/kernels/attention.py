@@ -97,7 +97,7 @@ def _walk(
     return peak, mass, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqs", "steps", "table_row"])  # they change from step to step
 def attend(
     q, kv, out, parts, peaks, sums, q_start, q_lens, seq_lens, table,
     q_row, q_head, plane, block_stride, slot_stride, head_stride, table_row,
@@ -162,7 +162,7 @@ def attend(
         tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge(
     parts, peaks, sums, out, seq_lens, splits, dim,
     DIM: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr,
