@@ -120,11 +120,11 @@ def test_the_engine_goes_on_after_a_step_that_did_not_fit(gpu):
 
 def test_what_is_used_is_what_was_planned(gpu):
     with LLM(
-        "demo", backend=gpu, backend_option=OPTIONS, dtype="bfloat16", max_num_seqs=64,
-        max_num_batched_tokens=512, max_model_len=512, memory_fraction=0.5,
+        "demo", backend=gpu, backend_option=OPTIONS, dtype="bfloat16", max_num_seqs=16,
+        max_num_batched_tokens=128, max_model_len=256, memory_fraction=0.5,
     ) as llm:  # fmt: skip
         ledger = dict(llm.ready.ledger)
-        asked = [{"prompt_token_ids": PROMPTS[i % 6] + [i]} for i in range(64)]
+        asked = [{"prompt_token_ids": PROMPTS[i % 6] + [i]} for i in range(32)]
         llm.generate(asked, DRAWN, use_tqdm=False)
         free, total = torch.cuda.mem_get_info()
     planned = sum(ledger.values())

@@ -155,6 +155,32 @@ simdevice.report({"want": want, "got": got, "failed": failed})
     assert found["got"] == found["want"]
 
 
+def test_a_lost_device_ends_generation_with_its_cause(h200):
+    found = on_device(
+        h200,
+        """
+from tokenry import LLM, SamplingParams
+from tokenry.errors import DeviceLost
+limits = dict(dtype="float32", max_model_len=64, max_num_seqs=2, num_kv_blocks=12)
+greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+wait = torch.cuda.Event.synchronize
+def lost(event):
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    error.error_code = 700
+    raise error
+with LLM("demo", backend="cuda", backend_option=("kernels=torch",), **limits) as llm:
+    llm.generate(["Once"], greedy, use_tqdm=False)
+    torch.cuda.Event.synchronize = lost
+    try:
+        llm.generate(["Once", "Twice"], greedy, use_tqdm=False)
+    except DeviceLost as error:
+        simdevice.report(str(error))
+""",
+    )
+    assert "cuda:0 failed in a step and cannot be used" in found
+    assert "illegal memory access" in found
+
+
 @pytest.mark.parametrize("code", [*sorted(STICKY), None])
 def test_an_error_that_stays_is_a_lost_device(code, monkeypatch):
     error = torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with ...")

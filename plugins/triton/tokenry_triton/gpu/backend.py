@@ -20,6 +20,7 @@ from torch import Tensor
 from tokenry.backend.base import KV, Backend, ModelSpec, Op, Program, StepBatch, StepFn, WeightIter
 from tokenry.backend.contract import Caps, KVPlan, KVSpec, MemoryInfo, ShapeRules
 from tokenry.backend.ops import OpTable
+from tokenry.backend.reference import ReferenceOp
 from tokenry.errors import ConfigError
 from tokenry_triton.gpu.graphs import Captures
 from tokenry_triton.gpu.memory import plan_kv, read_memory, typed_errors
@@ -119,7 +120,7 @@ class GpuBackend(Backend):
 
     def ops(self) -> Mapping[str, Op]:
         """Triton's kernels or torch's."""
-        return self._ops
+        return {**self._ops, "sample": Guarded(self._ops["sample"], self._index)}
 
     def build_model(self, spec: ModelSpec, weights: WeightIter, ops: OpTable) -> StepFn:
         """The core's model, on this device whatever the thread, with errors in the core's words."""
@@ -158,6 +159,25 @@ class GpuBackend(Backend):
     def program_bytes(self) -> int | None:
         """What the driver has less since they were captured."""
         return None if self.caps.graphs == "none" else self._captures.bytes
+
+
+class Guarded(ReferenceOp):
+    """An op that the core calls outside the model's step, on its device whatever the thread."""
+
+    def __init__(self, op: Op, index: int) -> None:
+        self._op, self._index = op, index
+
+    def supports(self, **meta: Any) -> bool:
+        """As the op says."""
+        return self._op.supports(**meta)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it. Raises DeviceOOM, DeviceLost."""
+        with (
+            torch.accelerator.device_index(self._index),
+            typed_errors("drawing tokens", self._index),
+        ):
+            return self._op(*args)
 
 
 def _arrays(

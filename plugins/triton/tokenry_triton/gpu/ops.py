@@ -19,8 +19,8 @@ from tokenry.backend import reference
 from tokenry.backend.base import Op, StepBatch
 from tokenry.backend.reference import ActMul, ReferenceOp, Rope, Sample, activation, route
 
-GATHERED = 2**26
-"""Bound on the gathered keys' elements of one slice of rows (128 MiB in bfloat16)."""
+GATHERED = 2**24
+"""Bound on the gathered keys' elements of one slice of rows (32 MiB in bfloat16)."""
 LOOPED_SEQS = 8
 """Up to so many requests attention goes request by request; more are cheaper row by row."""
 FP8: Mapping[str, torch.dtype] = {
