@@ -8,7 +8,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 # a thread that waits for work must not burn a core that another process needs
 TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: serve test lint quick slow bench bench-cpu sanitize xla test-clients test-lm-eval docs clean
+.PHONY: serve test lint quick slow test-kernels bench bench-cpu sanitize xla test-clients test-lm-eval docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -25,6 +25,11 @@ quick: $(VENV)/dev
 
 slow: $(VENV)/dev
 	$(TEST) -m slow
+
+# Triton's kernels: interpreted against the reference, compiled under a budget, the table at the end
+test-kernels: $(VENV)/dev
+	$(TEST) plugins/triton/tests
+	$(BIN)/python plugins/triton/tests/lane/triton_table.py plugins/triton/tests/budgets.json
 
 bench: $(VENV)/dev
 	$(BIN)/tokenry bench throughput $(MODEL)

@@ -12,9 +12,13 @@ from tokenry_triton.ops import triton_ops
 class HostBackend(Backend):
     """Tensors on the host, ops from Triton's interpreter."""
 
-    def __init__(self, arch="sm_90", *, kv_axis="per_seq", kv_dtype=None, **options):
+    def __init__(
+        self, arch="sm_90", *, kv_axis="per_seq", kv_dtype=None,
+        dtypes=("float32", "float16", "bfloat16"), **options,
+    ):  # fmt: skip
         self.caps = Caps(
-            dtypes=("float32", "float16", "bfloat16"),
+            dtypes=dtypes,
+            batch_invariant=options.get("deterministic") == "true",
             block_sizes=(16,),
             shapes=ShapeRules(kv_axis=kv_axis),
             phases=PhaseRules(mixed=True, chunked=True),
