@@ -8,7 +8,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 # a thread that waits for work must not burn a core that another process needs
 TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: serve test lint quick slow test-kernels bench bench-cpu sanitize xla test-clients test-lm-eval docs clean
+.PHONY: serve test lint quick slow test-kernels bench bench-cpu test-gpu bench-gpu sanitize xla test-clients test-lm-eval docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -40,6 +40,14 @@ bench: $(VENV)/dev
 bench-cpu: $(VENV)/dev
 	test -e build/peers/m125/config.json || $(BIN)/python benchmarks/make_model.py build/peers/m125
 	$(BIN)/python benchmarks/cpu_peers.py build/peers/m125 $(ARGS)
+
+# on a machine with a GPU; GPU_PYTHON is one whose torch sees it and in which tokenry is installed
+GPU_PYTHON ?= $(BIN)/python
+test-gpu:
+	$(GPU_PYTHON) -m pytest tests/gpu plugins/cuda/tests/test_cuda_conformance.py plugins/rocm/tests/test_rocm_conformance.py
+
+bench-gpu:
+	$(GPU_PYTHON) benchmarks/gpu_steps.py $(MODEL) --json gpu_steps.json $(ARGS)
 
 # the CPU's kernels under the address and undefined-behaviour sanitizers
 sanitize: $(VENV)/dev
