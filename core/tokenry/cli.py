@@ -188,16 +188,20 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _devices_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="absent backends and simulators, too")
+    parser.add_argument("--json", action="store_true", help="a list of objects, not a table")
     parser.set_defaults(run=_devices)
 
 
 def _devices(args: argparse.Namespace) -> int:
+    import msgspec
+
     from tokenry.backend.discovery import absent, discover, simulators, table
 
     probes = discover()
     usable = any(probe.state == "usable" for probe in probes)
     rows = probes if usable and not args.all else [*probes, *absent(probes)]
-    print(table([*rows, *simulators()] if args.all else rows))
+    rows = [*rows, *simulators()] if args.all else rows
+    print(msgspec.json.encode(rows).decode() if args.json else table(rows))
     return 0
 
 

@@ -98,9 +98,12 @@ class TokensEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """A sample of the engine's counters and gauges (names follow vLLM's metrics); sent at most once
     a second.
+
+    num_prefilling  of those that run, how many have prompt tokens that no step took yet.
     """
 
     num_running: int = 0
+    num_prefilling: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0
     num_blocks: int = 0

@@ -17,10 +17,12 @@ from tokenry.api import (
     capabilities,
     embeddings,
     files_api,
+    live,
     llama,
     messages_api,
     openapi,
     operate,
+    page_file,
     pooling,
     rerank,
     responses_api,
@@ -62,7 +64,8 @@ _SERVED: tuple[Endpoint, ...] = (
     get("/readyz", operate.readyz, "Requests are served; 503 and why if not."),
     get("/metrics", operate.metrics, "Prometheus metrics.", kind="text/plain"),
     get("/version", operate.version, "The server's version."),
-    get("/", operate.page, "The page.", kind="text/html"),
+    *live.ENDPOINTS,
+    get("/", page_file.page, "The page.", kind="text/html"),
 )
 ENDPOINTS = (*_SERVED, capabilities.endpoint(_SERVED), openapi.endpoint(_SERVED))
 

@@ -59,6 +59,10 @@ GAUGES: tuple[Reading, ...] = (
         lambda s: s.num_running,
     ),
     (
+        Name(own="num_requests_prefilling", help="Of these, those whose prompt is computed"),
+        lambda s: s.num_prefilling,
+    ),
+    (
         Name(own="num_requests_waiting", help="Requests that wait", vllm=True, tgi="queue_size"),
         lambda s: s.num_waiting,
     ),

@@ -1,20 +1,19 @@
-"""What operators ask: models, health, readiness, metrics, version, and the page."""
+"""What operators ask: models, health, readiness, metrics and version."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from importlib import resources
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 import tokenry
 from tokenry.api.admin import fleet_of
 from tokenry.api.errors import RETRY_AFTER_S
-from tokenry.api.fleet import ServedModel
+from tokenry.api.fleet import Fleet, ServedModel
 from tokenry.api.service import service_of
 from tokenry.api.wire import JSON
 from tokenry.async_engine import AsyncEngine
@@ -116,18 +115,17 @@ async def version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus' text, with the engine's stats of this moment where it answers in time."""
     fleet = fleet_of(request)
+    await fresh_stats(fleet)
+    return Response(fleet.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def fresh_stats(fleet: Fleet) -> None:
+    """The stats of this moment, of every engine that answers in time."""
     await asyncio.gather(
         *(_fresh_stats(m.service.engine) for m in fleet if m.service.engine.is_ready)
     )
-    return Response(fleet.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _fresh_stats(engine: AsyncEngine) -> None:
     with contextlib.suppress(TimeoutError, TokenryError):
         await asyncio.wait_for(engine.stats(), _STATS_PATIENCE_S)
-
-
-async def page(request: Request) -> Response:
-    """The chat page."""
-    html = resources.files("tokenry.api").joinpath("page.html").read_text(encoding="utf-8")
-    return HTMLResponse(html)

@@ -100,6 +100,7 @@ class EngineCore:
         s, c = self._scheduler, self._scheduler.counters
         return Stats(
             num_running=s.num_running,
+            num_prefilling=s.num_prefilling,
             num_waiting=s.num_waiting + len(self._gate),
             kv_usage=s.blocks.num_held / max(1, s.blocks.num_usable),
             num_blocks=s.blocks.num_blocks,

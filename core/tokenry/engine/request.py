@@ -7,6 +7,7 @@ Owned by Scheduler: nobody else writes it. Knows nothing of text, tensors or HTT
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -152,3 +153,8 @@ class Request:
         computed.
         """
         return self.params.prompt_logprobs is not None and not self.prompt_logprobs_sent
+
+
+def last_running(order: Sequence[Request], i: int) -> Request | None:
+    """The least urgent after position i that still holds blocks."""
+    return next((r for r in reversed(order[i + 1 :]) if r.status is Status.RUNNING), None)

@@ -29,7 +29,7 @@ from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.gate import Matcher
 from tokenry.engine.limits import Counters, EngineLimits
 from tokenry.engine.prefix import enter_blocks, find_prefix, shares_prompt
-from tokenry.engine.request import Request, Status
+from tokenry.engine.request import Request, Status, last_running
 from tokenry.engine.roster import Roster
 from tokenry.engine.slo import make_policy
 from tokenry.errors import Refusal, RequestError
@@ -163,7 +163,7 @@ class Scheduler:
                 continue
             before = tuple(request.block_ids)
             block_ids = self._grow(request, num_new)
-            while block_ids is None and (victim := _last_running(order, i)) is not None:
+            while block_ids is None and (victim := last_running(order, i)) is not None:
                 self._roster.preempt(victim)
                 preempted = True
                 block_ids = self._grow(request, num_new)
@@ -382,6 +382,11 @@ class Scheduler:
         return len(self._roster.running)
 
     @property
+    def num_prefilling(self) -> int:
+        """Those of them whose prompt was not given to steps whole yet."""
+        return sum(r.num_computed < r.num_prompt for r in self._roster.running)
+
+    @property
     def num_waiting(self) -> int:
         """Requests in the queue, and those that wait for another's prompt."""
         return self._roster.num_waiting
@@ -393,8 +398,3 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Blocks and requests agree. Raises IntegrityError or AssertionError."""
         self._roster.check()
-
-
-def _last_running(order: Sequence[Request], i: int) -> Request | None:
-    """The least urgent after position i that still holds blocks."""
-    return next((r for r in reversed(order[i + 1 :]) if r.status is Status.RUNNING), None)
