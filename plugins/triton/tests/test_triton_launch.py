@@ -17,7 +17,8 @@ def test_every_op_of_the_contract_is_there():
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        ("sm_90", "sm_90"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_120", "sm_100"),
+        ("sm_90", "sm_90"), ("sm_86", "sm_80"), ("sm_89", "sm_89"), ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"),
         ("gfx942", "gfx942"), ("gfx950", "gfx950"), ("gfx941", "gfx90a"),
     ],
 )  # fmt: skip

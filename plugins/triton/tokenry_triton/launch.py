@@ -8,7 +8,7 @@ tuned on hardware yet.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenry.errors import BackendError
 
@@ -65,18 +65,21 @@ _AMD_PREFILL = {
 _AMD_SMALL = Tile(m=16, n=32, k=128, warps=4, stages=2)
 _AMD_LARGE = Tile(m=64, n=128, k=64, warps=8, stages=2)
 
+_SM_80 = Arch(
+    name="sm_80", decode=_NVIDIA_DECODE, split=512, fp8=None,
+    prefill={
+        64: Tile(m=64, n=64, warps=4), 128: Tile(m=64, n=32, warps=4),
+        256: Tile(m=64, n=32, warps=8),
+    },
+    small=Tile(m=16, n=32, k=128, warps=4, stages=3),
+    large=Tile(m=64, n=128, k=64, warps=4, stages=3),
+)  # fmt: skip
+
 ARCHS: Mapping[str, Arch] = {
     arch.name: arch
     for arch in (
-        Arch(
-            name="sm_80", decode=_NVIDIA_DECODE, split=512, fp8=None,
-            prefill={
-                64: Tile(m=64, n=64, warps=4), 128: Tile(m=64, n=32, warps=4),
-                256: Tile(m=64, n=32, warps=8),
-            },
-            small=Tile(m=16, n=32, k=128, warps=4, stages=3),
-            large=Tile(m=64, n=128, k=64, warps=4, stages=3),
-        ),
+        _SM_80,
+        replace(_SM_80, name="sm_89", fp8="float8_e4m3fn"),  # 99 KiB of shared memory
         Arch(
             name="sm_90", decode=_NVIDIA_DECODE, split=512, fp8="float8_e4m3fn",
             prefill={128: Tile(m=128, n=64, warps=8), 256: Tile(m=64, n=32, warps=8)},
@@ -89,6 +92,7 @@ ARCHS: Mapping[str, Arch] = {
             small=Tile(m=16, n=32, k=128, warps=4, stages=4),
             large=Tile(m=128, n=128, k=64, warps=8, stages=3),
         ),
+        replace(_SM_80, name="sm_120", fp8="float8_e4m3fn"),  # as sm_89
         Arch(
             name="gfx90a", decode=_AMD_DECODE, split=512, fp8=None,
             prefill=_AMD_PREFILL, small=_AMD_SMALL, large=_AMD_LARGE,
