@@ -74,7 +74,9 @@ def test_the_core_wheel_is_small_and_holds_no_model(wheels):
     names = zipfile.ZipFile(core).namelist()
     assert core.stat().st_size < 2**20
     assert not [n for n in names if n.endswith(".safetensors")]
-    assert {"tokenry/py.typed", "tokenry/api/page/index.html", "tokenry/api/page/chat.js"} <= set(names)
+    assert {"tokenry/py.typed", "tokenry/api/page/index.html", "tokenry/api/page/chat.js"} <= set(
+        names
+    )
     assert "tokenry/backend/known_backends.toml" in names
 
 
