@@ -8,7 +8,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 # a thread that waits for work must not burn a core that another process needs
 TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: serve test lint quick slow test-kernels bench bench-cpu test-gpu bench-gpu sanitize xla test-clients test-lm-eval docs clean
+.PHONY: serve test lint quick slow test-kernels bench bench-cpu test-gpu bench-gpu sanitize xla test-clients test-ui test-lm-eval docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -76,6 +76,10 @@ build/xla/installed:
 test-clients: $(VENV)/clients
 	$(TEST) tests/clients $(ARGS)
 
+# the page in chromium (apt install chromium chromium-driver), screenshots into build/ui; skips without
+test-ui: $(VENV)/ui
+	$(TEST) tests/ui $(ARGS)
+
 # the evaluation harness has a venv of its own (a GB: pandas, scipy, pyarrow), so CI leaves it out
 test-lm-eval: $(VENV)/dev build/lm-eval/installed
 	$(TEST) tests/clients/lm_eval/test_lm_eval.py $(ARGS)
@@ -110,4 +114,8 @@ $(VENV)/dev: $(VENV)/serve
 $(VENV)/clients: $(VENV)/dev
 	@echo "tokenry: installing the clients that are tested against (about a minute)"
 	@$(INSTALL) --no-build-isolation -e '.[clients]'
+	@touch $@
+
+$(VENV)/ui: $(VENV)/dev
+	@$(INSTALL) --no-build-isolation -e '.[ui]'
 	@touch $@

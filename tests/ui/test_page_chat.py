@@ -147,7 +147,8 @@ def test_tool_calls_and_reasoning_are_shown(page):
         """(window.fetch = async () => new Response(new Blob([
         {reasoning_content: 'Let me see.', reasoning: 'Let me see.'},
         {content: 'I look.'},
-        {tool_calls: [{index: 0, id: 'c1', type: 'function', function: {name: 'weather', arguments: '{"ci'}}]},
+        {tool_calls: [{index: 0, id: 'c1', type: 'function',
+                       function: {name: 'weather', arguments: '{"ci'}}]},
         {tool_calls: [{index: 0, function: {arguments: 'ty": "Rome"}'}}]},
         {tool_calls: [{index: 1, id: 'c2', function: {name: 'time', arguments: '{}'}}]},
         ].map((delta, i) => 'data: ' + JSON.stringify({choices: [{index: 0, delta,

@@ -63,7 +63,7 @@ function toEnd() { $("log").scrollTop = $("log").scrollHeight; }
 function addTurn(role, text, name) {
   $("hello")?.remove();
   const body = el("div", { className: "body", textContent: text, tabIndex: -1 });
-  const shown = el("article", { className: role }, el("h3", { className: "hidden" }, name), body);
+  const shown = el("article", { className: role }, el("h2", { className: "hidden" }, name), body);
   shown.setAttribute("aria-label", name);
   shown.body = body;
   $("log").append(shown);

@@ -58,7 +58,7 @@ function timesTable(now, then) {
     const base = fresh ? then?.times[name] : undefined;
     return el("tr", {}, el("th", { scope: "row" }, text),
       ...[0.5, 0.9, 0.99].map((p) => cell(quantile(now.times[name], base, p))),
-      el("td", { className: "n" }, fresh ? whole(fresh) : "since start"));
+      el("td", { className: "n" }, fresh ? whole(fresh) : now.times[name].counts.at(-1) ? "since start" : "none yet"));
   });
   return el("table", { className: "times" }, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
 }
@@ -90,10 +90,10 @@ function showModel(told, then, span) {
     card("KV blocks", percent(told.kv_usage), told.facts ? `${whole(used)} of ${whole(told.facts.num_blocks)}` : "", bar(told.kv_usage)),
     card("Cached share", percent(cached), asked ? "of prompt tokens, last minute" : lifetime ? "of prompt tokens, since start" : "nothing was asked yet", bar(cached)),
     card("Tokens per second", whole(drawn.at(-1) ?? 0), span ? `${whole(since("generation_tokens") / span)} on average` : "", line(drawn)),
-    card("Prompt tokens per second", whole(computed.at(-1) ?? 0), span ? `${whole(since("prompt_tokens") / span)} on average` : "", line(computed)));
+    card("Prompt per second", whole(computed.at(-1) ?? 0), span ? `${whole(since("prompt_tokens") / span)} on average` : "", line(computed)));
   const cause = told.cause ? el("p", { className: "wrong" }, told.cause) : null;
   const trouble = Object.entries(told.op_fallbacks).map(([op, n]) => `${op} ×${n}`).join(", ");
-  return [el("h2", {}, `${told.id} · ${told.state}`), cause, cards, el("h2", {}, "Times"), timesTable(told, then),
+  return [el("h2", {}, `${told.id} · ${told.state}`), cause, cards, el("h2", {}, "Times, last minute"), timesTable(told, then),
     el("h2", {}, "Device"), factsList(told),
     trouble ? el("p", { className: "wrong" }, `Ops on their slow reference: ${trouble}`) : null].filter(Boolean);
 }

@@ -25,7 +25,6 @@ async function loadModels() {
   const options = [...models.keys()].map((name) => el("option", { value: name }, name));
   $("model").replaceChildren(...options);
   if (models.has(chosen)) $("model").value = chosen;
-  $("model").disabled = models.size < 2;
   describe();
   await fit();
   return true;
