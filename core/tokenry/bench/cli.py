@@ -1,4 +1,4 @@
-"""Flags of `tokenry bench` and the way to the four benchmarks, which are imported when they are
+"""Flags of `tokenry bench` and the way to the benchmarks, which are imported when they are
 asked for.
 """
 
@@ -16,6 +16,7 @@ KINDS = {
     "throughput": "many random prompts at once, in this process: tokens per second",
     "latency": "one batch of random prompts, in this process, several times: seconds",
     "serve": "a running OpenAI-compatible server under load: TTFT, TPOT, ITL, end to end",
+    "compare": "two running servers under the same load, in turns: ratios of medians",
     "ramp": "prompts grow by a step until the server refuses; table, CSV and plot",
 }
 
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in KINDS.items():
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(parser=sub)
+        if name == "compare":
+            _compare_arguments(sub)
+            continue
         running = name in ("serve", "ramp")
         first = "default: the server's first" if running else "default: demo"
         sub.add_argument("model", nargs="?", default=None if running else "demo", help=first)
@@ -42,10 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "ramp":
             _ramp_arguments(sub)
             continue
-        sub.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: 128)")
-        sub.add_argument("--output-len", type=int, default=64, help="tokens drawn (default: 64)")
+        _lengths(sub)
         if name == "serve":
-            _serve_arguments(sub)
+            sub.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
+            sub.add_argument("--api-key", default="", help="bearer token")
+            _load_arguments(sub, num_prompts=100)
             continue
         if name == "throughput":
             sub.add_argument("--num-prompts", type=int, default=100, help="prompts (default: 100)")
@@ -55,9 +60,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_config(sub, EngineConfig, skip=("model",))
 
 
-def _serve_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
-    sub.add_argument("--num-prompts", type=int, default=100, help="requests (default: 100)")
+def _lengths(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: 128)")
+    sub.add_argument("--output-len", type=int, default=64, help="tokens drawn (default: 64)")
+
+
+def _compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("urls", nargs=2, metavar="URL", help="the servers, A and B")
+    sub.add_argument(
+        "--models", nargs=2, metavar=("A", "B"), help="what to ask each for (default: its first)"
+    )
+    sub.add_argument(
+        "--api-keys", nargs=2, default=["", ""], metavar=("A", "B"), help="bearer tokens"
+    )
+    sub.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    sub.add_argument("--json", help="file for the figures")
+    _lengths(sub)
+    _load_arguments(sub, num_prompts=32)
+
+
+def _load_arguments(sub: argparse.ArgumentParser, *, num_prompts: int) -> None:
+    sub.add_argument(
+        "--num-prompts", type=int, default=num_prompts, help=f"requests (default: {num_prompts})"
+    )
     sub.add_argument(
         "--request-rate", type=float, default=0.0, help="arrivals per second, 0: all at once"
     )
@@ -65,7 +90,6 @@ def _serve_arguments(sub: argparse.ArgumentParser) -> None:
         "--burstiness", type=float, default=1.0, help="1: Poisson; less: burstier; more: evener"
     )
     sub.add_argument("--max-concurrency", type=int, default=64, help="open requests (default: 64)")
-    sub.add_argument("--api-key", default="", help="bearer token")
 
 
 def _ramp_arguments(sub: argparse.ArgumentParser) -> None:
@@ -91,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{flag} is {value:g}, it must be at least {least:g}.", mend=f"{flag} N"
             )
-    home = {"throughput": "offline", "latency": "offline", "serve": "serve", "ramp": "ramp"}
-    module = importlib.import_module(f"tokenry.bench.{home[args.bench]}")
+    home = {"throughput": "offline", "latency": "offline"}.get(args.bench, args.bench)
+    module = importlib.import_module(f"tokenry.bench.{home}")
     from tokenry.bench.outputs import Outputs
 
     with Outputs.open(args) as outputs:

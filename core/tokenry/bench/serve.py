@@ -60,28 +60,43 @@ def arrivals(count: int, rate: float, burstiness: float, rng: random.Random) -> 
 
 async def _load(args: argparse.Namespace) -> tuple[str, list[Timeline]]:
     rng = random.Random(0)
-    gate = asyncio.Semaphore(args.max_concurrency)
-    bar = tqdm(total=args.num_prompts, unit="req", disable=not sys.stderr.isatty())
     async with open_client(args.url, args.api_key) as client:
         model = await served_model(client, args.model)
-
-        async def one(at: float, prompt: list[int]) -> Timeline:
-            await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
-            async with gate:
-                timeline = await complete(client, model, prompt, args.output_len)
-            bar.update()
-            return timeline
-
-        prompts = [
-            [rng.randrange(*TOKEN_IDS) for _ in range(args.input_len)]
-            for _ in range(args.num_prompts)
-        ]
+        prompts = random_prompts(args.num_prompts, args.input_len, rng)
         times = arrivals(args.num_prompts, args.request_rate, args.burstiness, rng)
-        begin = time.perf_counter()
-        pairs = zip(times, prompts, strict=True)
-        timelines = await asyncio.gather(*(one(at, prompt) for at, prompt in pairs))
+        return model, await send_all(client, model, prompts, times, args)
+
+
+def random_prompts(count: int, length: int, rng: random.Random) -> list[list[int]]:
+    """So many prompts of so many random tokens."""
+    return [[rng.randrange(*TOKEN_IDS) for _ in range(length)] for _ in range(count)]
+
+
+async def send_all(
+    client: httpx2.AsyncClient,
+    model: str,
+    prompts: list[list[int]],
+    times: list[float],
+    args: argparse.Namespace,
+) -> list[Timeline]:
+    """Each prompt at its time (seconds from now), args.max_concurrency at once at most, with
+    args.output_len tokens to draw.
+    """
+    gate = asyncio.Semaphore(args.max_concurrency)
+    bar = tqdm(total=len(prompts), unit="req", leave=False, disable=not sys.stderr.isatty())
+    begin = time.perf_counter()
+
+    async def one(at: float, prompt: list[int]) -> Timeline:
+        await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
+        async with gate:
+            timeline = await complete(client, model, prompt, args.output_len)
+        bar.update()
+        return timeline
+
+    pairs = zip(times, prompts, strict=True)
+    timelines = await asyncio.gather(*(one(at, prompt) for at, prompt in pairs))
     bar.close()
-    return model, list(timelines)
+    return list(timelines)
 
 
 async def served_model(client: httpx2.AsyncClient, wanted: str | None) -> str:

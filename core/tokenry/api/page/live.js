@@ -49,6 +49,10 @@ function rates(id, name) {
   return found.slice(1).map(([t, v], i) => Math.max(0, v - found[i][1]) / (t - found[i][0]));
 }
 
+function counted(fresh, ever) {
+  return fresh ? `${whole(fresh)} in the last minute` : ever ? `${whole(ever)} since the start` : "none yet";
+}
+
 function timesTable(now, then) {
   const rows = { ttft_s: "To the first token", itl_s: "Between tokens", queue_s: "In the queue", e2e_s: "Whole request" };
   const cell = (told) => el("td", { className: "n" }, told ? (told.over ? "> " : "") + seconds(told.s) : "–");
@@ -58,7 +62,7 @@ function timesTable(now, then) {
     const base = fresh ? then?.times[name] : undefined;
     return el("tr", {}, el("th", { scope: "row" }, text),
       ...[0.5, 0.9, 0.99].map((p) => cell(quantile(now.times[name], base, p))),
-      el("td", { className: "n" }, fresh ? whole(fresh) : now.times[name].counts.at(-1) ? "since start" : "none yet"));
+      el("td", { className: "n" }, counted(fresh, now.times[name].counts.at(-1))));
   });
   return el("table", { className: "times" }, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
 }
@@ -93,7 +97,7 @@ function showModel(told, then, span) {
     card("Prompt per second", whole(computed.at(-1) ?? 0), span ? `${whole(since("prompt_tokens") / span)} on average` : "", line(computed)));
   const cause = told.cause ? el("p", { className: "wrong" }, told.cause) : null;
   const trouble = Object.entries(told.op_fallbacks).map(([op, n]) => `${op} ×${n}`).join(", ");
-  return [el("h2", {}, `${told.id} · ${told.state}`), cause, cards, el("h2", {}, "Times, last minute"), timesTable(told, then),
+  return [el("h2", {}, `${told.id} · ${told.state}`), cause, cards, el("h2", {}, "Times"), timesTable(told, then),
     el("h2", {}, "Device"), factsList(told),
     trouble ? el("p", { className: "wrong" }, `Ops on their slow reference: ${trouble}`) : null].filter(Boolean);
 }
