@@ -38,7 +38,8 @@ def test_the_live_view_counts_what_the_server_does(page, server):
     finished = lambda: int(card(page, "Finished").replace(",", ""))  # noqa: E731
     page.wait(lambda: finished() == before + 6, "six finished requests", 10)
     page.wait(lambda: card(page, "Decode") == "0", "silence", 10)
-    assert float(card(page, "Cached share").split()[0]) > 0
+    ask(server.url, prompts[0], 4)
+    page.wait(lambda: float(card(page, "Cached share").split()[0]) > 0, "the cached prompt", 10)
     rows = page.all(".times tbody tr")
     assert [r.find_element("css selector", "th").text for r in rows] == [
         "To the first token", "Between tokens", "In the queue", "Whole request",
