@@ -5,8 +5,9 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q
-# a thread that waits for work must not burn a core that another process needs
-TEST := OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# a worker a core; a thread that waits for work must not burn a core that another process needs
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+ALL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: serve test lint quick slow test-kernels bench bench-cpu test-gpu bench-gpu sanitize xla test-clients test-ui test-lm-eval docs clean
 
@@ -21,10 +22,10 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 quick: $(VENV)/dev
-	$(TEST) -m "not slow"
+	$(TEST) $(ALL) -m "not slow"
 
 slow: $(VENV)/dev
-	$(TEST) -m slow
+	$(TEST) $(ALL) -m slow
 
 # Triton's kernels: interpreted against the reference, compiled under a budget, the table at the end
 test-kernels: $(VENV)/dev
