@@ -60,6 +60,7 @@ def test_the_times_are_quantiles_of_the_buckets(page, server):
     before = told()
     page.one("#tab-live").click()
     page.wait(lambda: page.all(".times tbody tr"), "the times")
+    assert "last minute" not in row(), "what was before the first look is not of the last minute"
     ask(server.url, "Once", 300, stream=True)
     page.wait(lambda: row().endswith("299 in the last minute"), "299 gaps between 300 tokens", 10)
     counts = [a - b for a, b in zip(told()["counts"], before["counts"], strict=True)]

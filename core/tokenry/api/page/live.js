@@ -80,7 +80,7 @@ function factsList(told) {
 
 function showModel(told, then, span) {
   const { requests, totals } = told, before = then?.totals;
-  const since = (name) => totals[name] - (before?.[name] ?? 0);
+  const since = (name) => Math.max(0, totals[name] - (before?.[name] ?? 0));  // less: a new engine
   const asked = since("prefix_cache_queries"), lifetime = totals.prefix_cache_queries;
   const drawn = rates(told.id, "generation_tokens"), computed = rates(told.id, "prompt_tokens");
   const cached = asked ? since("prefix_cache_hits") / asked : lifetime ? totals.prefix_cache_hits / lifetime : 0;
@@ -102,12 +102,21 @@ function showModel(told, then, span) {
     trouble ? el("p", { className: "wrong" }, `Ops on their slow reference: ${trouble}`) : null].filter(Boolean);
 }
 
+/** Whether another process answers now: what only grows has fallen. */
+function restarted(now, then) {
+  return then.models.some((old) => {
+    const told = now.models.find((m) => m.id === old.id);
+    return !told || Object.keys(told.times).some((name) => told.times[name].counts.at(-1) < old.times[name].counts.at(-1));
+  });
+}
+
 function showLive(look) {
+  if (looks.length && restarted(look, looks.at(-1))) looks = [];
   looks.push(look);
   while (look.now_s - looks[0].now_s > WINDOW_S || look.now_s < looks[0].now_s) looks.shift();
   const then = looks[0], span = look.now_s - then.now_s;
   $("models").replaceChildren(...look.models.flatMap((told) =>
-    showModel(told, then === look ? null : then.models.find((m) => m.id === told.id), span)));
+    showModel(told, then.models.find((m) => m.id === told.id), span)));
 }
 
 let probed = false;
