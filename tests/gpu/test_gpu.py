@@ -8,6 +8,7 @@ tests themselves are tried on the simulated device (plugins/cuda/tests/test_cuda
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def gpu():
     if torch.version.cuda is None and torch.version.hip is None:
         pytest.skip("the installed torch is for the CPU only")
     return found[0]
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """What an engine or a caught error of the last test still holds is given back."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

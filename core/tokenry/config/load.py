@@ -104,7 +104,7 @@ def _check_variables(environ: Mapping[str, str]) -> None:
 
 
 def _of_plugin(variable: str) -> bool:
-    """Whether an installed backend's name follows the prefix (TOKENRY_ACME_...): then it is the
+    """Whether an installed backend's name follows the prefix (TOKENRY_NAME_...): then it is the
     plugin's to read and to check.
     """
     installed = importlib.metadata.entry_points(group="tokenry.backends").names
