@@ -20,7 +20,16 @@ def limits(threads: int) -> dict[str, float]:
     """Rates by name, of one thread and of `threads`; empty without AVX-512 or a compiler."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "limits"
-        command = ["cc", "-O2", "-march=native", "-pthread", str(SOURCE), "-o", str(binary)]
+        command = [
+            "cc",
+            "-O3",
+            "-funroll-loops",
+            "-march=native",
+            "-pthread",
+            str(SOURCE),
+            "-o",
+            str(binary),
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True)
             out = subprocess.run([binary, str(threads)], check=True, capture_output=True, text=True)
