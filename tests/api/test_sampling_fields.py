@@ -183,6 +183,25 @@ def test_the_makers_defaults_are_told_and_used_and_a_request_overrides_them(demo
     assert capped.json()["usage"]["completion_tokens"] == 150
 
 
+def test_tgis_routes_have_tgis_defaults_and_not_the_makers(marking):
+    (greedy,) = texts(marking, temperature=0, max_tokens=30)
+
+    def generated(path, **parameters):
+        body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 30, **parameters}}
+        response = marking.http.post(path, json=body)
+        assert response.status_code == 200, response.text
+        if path == "/generate_stream":
+            last = [x for x in response.text.splitlines() if x.startswith("data:")][-1]
+            return json.loads(last[5:])["generated_text"]
+        answer = response.json()
+        return (answer[0] if path == "/" else answer)["generated_text"]
+
+    for path in ("/generate", "/generate_stream", "/"):
+        assert generated(path) == greedy
+        drawn = {generated(path, do_sample=True, seed=seed) for seed in (1, 2)}
+        assert len(drawn) == 2, "drawn with temperature 1e-6, not TGI's 1"
+
+
 def test_a_marking_server_marks_every_answer(marking, demo):
     mark = Watermark(scheme="kgw", key=9, delta=4.0)
     assert any("every answer carries a kgw watermark" in line for line in marking.lines)
