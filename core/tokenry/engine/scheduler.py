@@ -1,9 +1,9 @@
-"""Which requests run this step, and with how many tokens.
+"""Every request from its arrival to its end: what came in, what a step takes, what it gave.
 
 In: add(request), abort(id), update(plan, result). Out: schedule() -> StepPlan, events. Owns request
-status; asks BlockManager for room. Knows nothing of tensors, devices or text. Every request has
-num_computed <= num_tokens; a step narrows the gap within one token budget, so prefill, chunked
-prefill, decode and resumption are one case.
+status; a `Planner` makes the rows of a step. Knows nothing of tensors, devices or text. Every
+request has num_computed <= num_tokens; a step narrows the gap within one token budget, so prefill,
+chunked prefill, decode and resumption are one case.
 
 Steps run in the order of their plans, and a plan may be made while the step before it is in flight.
 Therefore:
@@ -20,30 +20,21 @@ Who goes first, and how large a step may be, a `Policy` says.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from tokenry.engine.answers import check_length, event_of, take_tokens, too_large
+from tokenry.engine.answers import check_length, event_of, take_tokens
 from tokenry.engine.beam_group import BeamGroup
 from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.gate import Matcher
 from tokenry.engine.limits import Counters, EngineLimits
-from tokenry.engine.prefix import enter_blocks, find_prefix, shares_prompt
-from tokenry.engine.request import Request, Status, last_running
+from tokenry.engine.planner import Planned, Planner
+from tokenry.engine.prefix import enter_blocks, shares_prompt
+from tokenry.engine.request import Request, Status
 from tokenry.engine.roster import Roster
 from tokenry.engine.slo import make_policy
 from tokenry.errors import Refusal, RequestError
 from tokenry.messages import AddRequest, TokensEvent
-from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A row in flight: whose it is, and in which of its lives."""
-
-    request: Request
-    row: Row
-    epoch: int
+from tokenry.plan import RowResult, StepPlan, StepResult
 
 
 class Scheduler:
@@ -58,7 +49,8 @@ class Scheduler:
         )
         self.counters = Counters()
         self._roster = Roster(self.blocks, self.counters, self._policy.queue, clock)
-        self._in_flight: dict[int, tuple[_Planned, ...]] = {}
+        self._planner = Planner(limits, self._policy, self.blocks, self._roster, self._refuse)
+        self._in_flight: dict[int, tuple[Planned, ...]] = {}
         self._events: list[TokensEvent] = []
         self._arrivals = 0
 
@@ -118,15 +110,8 @@ class Scheduler:
         """The next step, or None if nothing can run before a step in flight has ended (or nothing
         is there).
         """
-        planned: list[_Planned] = []
-        new: list[NewRequest] = []
-        running, now_s = self._roster.running, self._clock()
-        budget = self._policy.begin(running, now_s)
-        order, num_first = self._policy.order(running)
-        budget, preempted = self._plan_running(planned, new, order, range(num_first), budget)
-        if not preempted:
-            budget = self._plan_waiting(planned, new, budget)
-            self._plan_running(planned, new, order, range(num_first, len(order)), budget)
+        now_s = self._clock()
+        planned, new = self._planner.draft(now_s)
         if not planned:
             stuck = not self._in_flight and self._roster.waiting.head() is not None
             return self.schedule() if stuck and self._roster.end_idle_beam() else None
@@ -142,119 +127,10 @@ class Scheduler:
         self._policy.launched(plan, now_s)
         return plan
 
-    def _plan_running(
-        self,
-        planned: list[_Planned],
-        new: list[NewRequest],
-        order: Sequence[Request],
-        span: range,
-        budget: int,
-    ) -> tuple[int, bool]:
-        """Rows for `order[span]`; gives what is left of the budget, and if one was preempted."""
-        preempted = False
-        for i in span:
-            request = order[i]
-            if budget <= 0:
-                break
-            if request.status is not Status.RUNNING:
-                continue  # it gave up its blocks to one before it
-            num_new = min(self._gap(request), budget)
-            if num_new <= 0:
-                continue
-            before = tuple(request.block_ids)
-            block_ids = self._grow(request, num_new)
-            while block_ids is None and (victim := last_running(order, i)) is not None:
-                self._roster.preempt(victim)
-                preempted = True
-                block_ids = self._grow(request, num_new)
-            if block_ids is None:
-                # nobody is less urgent: it gives up its own blocks, or nobody else holds any and it
-                # can never go on
-                if len(self._roster.running) == 1:
-                    refusal = too_large(self.blocks, request.num_computed + num_new)
-                    self._fail(request, refusal.message, refusal)
-                else:
-                    self._roster.preempt(request)
-                preempted = True
-                break
-            if request.introduce:
-                request.introduce = False
-                new.append(request.introduction(before))
-            self._plan_row(planned, request, num_new, block_ids)
-            budget -= num_new
-        return budget, preempted
-
-    def _plan_waiting(self, planned: list[_Planned], new: list[NewRequest], budget: int) -> int:
-        """Admit from the queue while sequences, tokens and blocks last; nobody overtakes. Gives
-        what is left of the budget.
-        """
-        reserved = sum(
-            max(0, self.blocks.num_blocks_for(len(r.tokens)) - len(r.block_ids))
-            for r in self._roster.running
-        )
-        while budget > 0 and len(self._roster.running) < self.limits.max_num_seqs:
-            request = self._roster.waiting.head()
-            if request is None or request.num_pending:
-                break  # preempted with a token in flight: the runner must be told all tokens
-            needed = self.blocks.num_blocks_for(len(request.tokens))
-            if needed > self.blocks.num_usable:
-                refusal = too_large(self.blocks, len(request.tokens))
-                self._fail(request, refusal.message, refusal)
-                continue
-            prefix, hashes = find_prefix(self.blocks, request, pools_whole=self.limits.pools_whole)
-            num_cached = len(prefix) * self.limits.block_size
-            num_new = len(request.tokens) - num_cached
-            if num_new > budget and not self.limits.chunked_prefill:
-                assert planned, "limits: a whole request fits an empty step"
-                break
-            if self.blocks.num_takable_after(prefix) - reserved < needed - len(prefix):
-                break
-            num_new = min(num_new, budget)
-            self._roster.admit(request, prefix, hashes, num_cached)
-            block_ids = self._grow(request, num_new)
-            assert block_ids is not None, "room was checked"
-            reserved += needed - len(request.block_ids)
-            new.append(request.introduction(tuple(prefix)))
-            self._plan_row(planned, request, num_new, block_ids)
-            budget -= num_new
-        return budget
-
-    def _gap(self, request: Request) -> int:
-        """Tokens that the request could compute now."""
-        if request.num_pending and (
-            request.params.needs_history or request.num_tokens >= request.max_len
-        ):
-            return 0  # its next step needs a token that is in flight, or that token is its last
-        return request.num_tokens - request.num_computed
-
-    def _grow(self, request: Request, num_new: int) -> tuple[int, ...] | None:
-        """Blocks for num_new more tokens, None if there are not enough."""
-        needed = self.blocks.num_blocks_for(request.num_computed + num_new) - len(request.block_ids)
-        if needed <= 0:
-            return ()
-        block_ids = self.blocks.allocate(needed)
-        if block_ids is not None:
-            request.block_ids.extend(block_ids)
-        return block_ids
-
-    def _plan_row(
-        self, planned: list[_Planned], request: Request, num_new: int, block_ids: tuple[int, ...]
-    ) -> None:
-        reaches_end = request.num_computed + num_new == request.num_tokens
-        sample = reaches_end and request.max_len > request.num_prompt
-        row = Row(
-            request_id=request.request_id,
-            num_computed=request.num_computed,
-            num_new=num_new,
-            new_block_ids=block_ids,
-            sample=sample,
-            mask=request.matcher.mask() if sample and request.matcher else None,
-        )
-        request.num_computed += num_new
-        request.num_pending = int(sample)
-        planned.append(_Planned(request, row, request.epoch))
-
     # ---- what a step gave --------------------------------------------------------------------
+
+    def _refuse(self, request: Request, refusal: Refusal) -> None:
+        self._fail(request, refusal.message, refusal)
 
     def _fail(self, request: Request, error: str, refusal: Refusal | None = None) -> None:
         if request.group is not None:
@@ -296,7 +172,7 @@ class Scheduler:
             if planned.request.status is not Status.ENDED:
                 self._fail(planned.request, cause)
 
-    def _take(self, request: Request, planned: _Planned, row: RowResult) -> None:
+    def _take(self, request: Request, planned: Planned, row: RowResult) -> None:
         """Append the row's tokens until one ends the request; enter its full blocks in the prefix
         cache.
         """
@@ -334,7 +210,7 @@ class Scheduler:
             )
 
     def _take_beam(
-        self, group: BeamGroup, request: Request, planned: _Planned, row: RowResult
+        self, group: BeamGroup, request: Request, planned: Planned, row: RowResult
     ) -> None:
         """A beam's part of the round; the last one's ends it, and perhaps the search."""
         if planned.epoch == request.epoch and request.status is Status.RUNNING:
