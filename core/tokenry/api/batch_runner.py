@@ -22,6 +22,7 @@ import msgspec
 from tokenry.api.batch_lines import MAX_ERRORS, Line, Result, read_lines, run_lines
 from tokenry.api.disk import StorageFull, append, cut_to_whole_lines, write_whole
 from tokenry.api.files_store import FileStore, new_file_id
+from tokenry.api.owned import OWNER, may_see
 from tokenry.errors import RequestError
 
 log = logging.getLogger("tokenry.api")
@@ -35,8 +36,8 @@ PATIENCE_S = 0.5
 class Worker(Protocol):
     """Who answers lines."""
 
-    async def answer(self, line: Line) -> Result:
-        """The answer to one."""
+    async def answer(self, line: Line, owner: str | None) -> Result:
+        """The answer to one, of a batch of this owner."""
 
     def has_room(self) -> bool:
         """Whether a line may start now, behind live requests."""
@@ -61,7 +62,12 @@ class BatchStore:
     # ---- what clients ask ----------------------------------------------------------------------
 
     async def create(
-        self, *, input_file_id: str, endpoint: str, metadata: dict[str, str] | None
+        self,
+        *,
+        input_file_id: str,
+        endpoint: str,
+        metadata: dict[str, str] | None,
+        owner: str | None,
     ) -> Batch:
         """A new batch; raises StorageFull, and then there is none."""
         now = int(time.time())
@@ -87,6 +93,7 @@ class BatchStore:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": metadata,
             "notice": None,
+            OWNER: owner,
         }
         await asyncio.to_thread(write_whole, self._file(batch), msgspec.json.encode(batch))
         self._batches[batch["id"]] = batch
@@ -94,9 +101,9 @@ class BatchStore:
         return batch
 
     def get(self, name: str) -> Batch:
-        """The batch; raises RequestError (404)."""
+        """The batch; raises RequestError (404) for one that is not the caller's, too."""
         batch = self._batches.get(name)
-        if batch is None:
+        if batch is None or not may_see(batch):
             error = RequestError(f"No batch found with id {name!r}.", code="batch_not_found")
             error.status = 404
             raise error
@@ -185,7 +192,7 @@ class BatchStore:
             if time.time() > batch["expires_at"]:
                 told = {"code": "batch_expired", "message": "The batch's 24 hours were over."}
                 return Result(custom_id=line.custom_id, status=0, body=told)
-            return await worker.answer(line)
+            return await worker.answer(line, batch.get(OWNER))
 
         async def may_start() -> None:
             while time.time() <= batch["expires_at"] and (
@@ -228,7 +235,12 @@ class BatchStore:
             filename = f"{batch['id']}_{kind}.jsonl"
 
             adopt = functools.partial(
-                self._files.adopt, name, source, filename=filename, purpose="batch_output"
+                self._files.adopt,
+                name,
+                source,
+                filename=filename,
+                purpose="batch_output",
+                owner=batch.get(OWNER),
             )
             await self._persist(batch, functools.partial(asyncio.to_thread, adopt))
         now = int(time.time())

@@ -17,9 +17,11 @@ from tokenry.api.answer import ignored_header
 from tokenry.api.batch_lines import Line, Result, answer_line
 from tokenry.api.batch_runner import BatchStore
 from tokenry.api.body import read_json
+from tokenry.api.caller import CALLER, Caller, caller
 from tokenry.api.files_api import file_store
 from tokenry.api.fleet import Fleet
 from tokenry.api.inner import refuse
+from tokenry.api.owned import shown, visible
 from tokenry.api.paging import QUERY, page
 from tokenry.api.routes import get, post
 from tokenry.api.schema import decode_known
@@ -53,8 +55,9 @@ class Filler:
         self._app = app
         self._fleet = fleet
 
-    async def answer(self, line: Line) -> Result:
-        """The answer to a line."""
+    async def answer(self, line: Line, owner: str | None) -> Result:
+        """The answer to a line of this owner's batch. Runs in a task of its own."""
+        CALLER.set(Caller(on_behalf_of=owner))
         return await answer_line(self._app, line, priority=self._priority())
 
     def has_room(self) -> bool:
@@ -100,25 +103,28 @@ async def create(request: Request) -> Response:
             param="input_file_id",
         )
     batch = await store.create(
-        input_file_id=wanted.input_file_id, endpoint=wanted.endpoint, metadata=wanted.metadata
+        input_file_id=wanted.input_file_id,
+        endpoint=wanted.endpoint,
+        metadata=wanted.metadata,
+        owner=caller().owner,
     )
-    return JSON(batch, headers=ignored_header(unknown))
+    return JSON(shown(batch), headers=ignored_header(unknown))
 
 
 async def retrieve(request: Request) -> Response:
     """GET /v1/batches/{id}."""
-    return JSON(batch_store(request).get(request.path_params["id"]))
+    return JSON(shown(batch_store(request).get(request.path_params["id"])))
 
 
 async def list_batches(request: Request) -> Response:
     """GET /v1/batches."""
-    return JSON(page(request, batch_store(request).all()))
+    return JSON(page(request, visible(batch_store(request).all())))
 
 
 async def cancel(request: Request) -> Response:
     """POST /v1/batches/{id}/cancel."""
     batch: dict[str, Any] = await batch_store(request).cancel(request.path_params["id"])
-    return JSON(batch)
+    return JSON(shown(batch))
 
 
 def batch_store(request: Request) -> BatchStore:
@@ -130,7 +136,7 @@ def batch_store(request: Request) -> BatchStore:
 
 ENDPOINTS = (
     post("/v1/batches", create, "Run a file of requests behind live ones.", BatchRequest),
-    get("/v1/batches", list_batches, "All batches.", query=QUERY),
+    get("/v1/batches", list_batches, "The key's batches.", query=QUERY),
     get("/v1/batches/{id}", retrieve, "One batch."),
     post("/v1/batches/{id}/cancel", cancel, "End a batch; what is done stays."),
 )

@@ -34,12 +34,26 @@ class Caller:
     traceparent  W3C trace context that came with it, "" for none.
     account      of its key; None where no key is asked for.
     targets      from its headers, else from its key.
+    on_behalf_of   whose batch the line is that is answered here; no client sent it.
     """
 
     request_id: str = ""
     traceparent: str = ""
     account: Account | None = None
     targets: Targets = field(default_factory=Targets)
+    on_behalf_of: str | None = None
+
+    @property
+    def owner(self) -> str | None:
+        """Whose is what it leaves here: its key's digest; None where no key is asked for."""
+        return self.on_behalf_of if self.key is None else self.key.sha256
+
+    def sees(self, owner: str | None) -> bool:
+        """Whether it may know of what this owner left here: its own; everything where no key is
+        asked for, or with an admin's key.
+        """
+        sees_all = self.owner is None or (self.key is not None and self.key.admin)
+        return sees_all or owner == self.owner
 
     @property
     def key(self) -> Key | None:

@@ -13,8 +13,10 @@ from starlette.responses import FileResponse, Response
 
 from tokenry.api import routes
 from tokenry.api.answer import ignored_header
+from tokenry.api.caller import caller
 from tokenry.api.files_store import FileStore
 from tokenry.api.multipart import read_upload
+from tokenry.api.owned import shown, visible
 from tokenry.api.paging import QUERY, page
 from tokenry.api.routes import get, post
 from tokenry.api.service import service_of
@@ -38,23 +40,26 @@ async def upload(request: Request) -> Response:
             )
         if fields and config.strict_params:
             raise RequestError(f"There is no field {min(fields)!r}.", param=min(fields))
-        found = await asyncio.to_thread(store.commit, name, filename=filename, purpose=purpose)
+        owner = caller().owner
+        found = await asyncio.to_thread(
+            store.commit, name, filename=filename, purpose=purpose, owner=owner
+        )
     except BaseException:
         store.discard(name)
         raise
-    return JSON(found, headers=ignored_header(sorted(fields)))
+    return JSON(shown(found), headers=ignored_header(sorted(fields)))
 
 
 async def list_files(request: Request) -> Response:
     """GET /v1/files."""
-    files, purpose = file_store(request).all(), request.query_params.get("purpose")
+    files, purpose = visible(file_store(request).all()), request.query_params.get("purpose")
     kept = [file for file in files if purpose in (None, file["purpose"])]
     return JSON(page(request, kept, most=10_000, usual=10_000))
 
 
 async def retrieve(request: Request) -> Response:
     """GET /v1/files/{id}."""
-    return JSON(file_store(request).get(request.path_params["id"]))
+    return JSON(shown(file_store(request).get(request.path_params["id"])))
 
 
 async def content(request: Request) -> Response:
@@ -68,6 +73,7 @@ async def content(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     """DELETE /v1/files/{id}."""
     store, name = file_store(request), request.path_params["id"]
+    store.get(name)
     if request.app.state.batches.uses(name):
         raise RequestError("A batch that has not ended reads this file.", code="file_in_use")
     await asyncio.to_thread(store.delete, name)
@@ -94,7 +100,9 @@ ENDPOINTS = (
         "Upload a file for a batch.",
         form={"file": _BINARY, "purpose": {"type": "string", "enum": ["batch"]}},
     ),
-    get("/v1/files", list_files, "All files.", query={**QUERY, "purpose": {"type": "string"}}),
+    get(
+        "/v1/files", list_files, "The key's files.", query={**QUERY, "purpose": {"type": "string"}}
+    ),
     get("/v1/files/{id}", retrieve, "One file."),
     get("/v1/files/{id}/content", content, "Its content.", kind="application/octet-stream"),
     routes.delete("/v1/files/{id}", delete, "Delete a file."),

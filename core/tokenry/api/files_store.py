@@ -1,8 +1,8 @@
 """Files that clients upload and batches write: below the data directory, two files each.
 
-In: bytes with a name and a purpose. Out: OpenAI's file objects, and paths to read from. A file is
-there once its `.json` is; what a crash left of others is removed at the start. Calls block: they
-are made in threads.
+In: bytes with a name, a purpose and an owner. Out: OpenAI's file objects with their owner's mark
+(owned.py), and paths to read from. A file is there once its `.json` is; what a crash left of others
+is removed at the start. Calls block: they are made in threads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from tokenry.api.disk import sync_directory, write_whole
+from tokenry.api.owned import OWNER, may_see
 from tokenry.errors import ConfigError, RequestError
 
 
@@ -72,7 +73,9 @@ class FileStore:
         name = new_file_id()
         return name, self.path_of(name)
 
-    def commit(self, name: str, *, filename: str, purpose: str) -> dict[str, Any]:
+    def commit(
+        self, name: str, *, filename: str, purpose: str, owner: str | None
+    ) -> dict[str, Any]:
         """The content is written: the file object. On an error there is no file."""
         content = self.path_of(name)
         found = {
@@ -85,27 +88,30 @@ class FileStore:
             "purpose": purpose,
             "status": "processed",
             "status_details": None,
+            OWNER: owner,
         }
         write_whole(content.with_suffix(".json"), msgspec.json.encode(found))
         self._objects[name] = found
         return found
 
-    def adopt(self, name: str, source: Path, *, filename: str, purpose: str) -> None:
+    def adopt(
+        self, name: str, source: Path, *, filename: str, purpose: str, owner: str | None
+    ) -> None:
         """Make a file of one that lies elsewhere on this disk; a second call does nothing."""
         if source.exists():
             source.replace(self.path_of(name))
             sync_directory(self._path)
         if name not in self._objects:
-            self.commit(name, filename=filename, purpose=purpose)
+            self.commit(name, filename=filename, purpose=purpose, owner=owner)
 
     def discard(self, name: str) -> None:
         """Remove the content of a draft."""
         self.path_of(name).unlink(missing_ok=True)
 
     def get(self, name: str) -> dict[str, Any]:
-        """The file object; raises RequestError (404)."""
+        """The file object; raises RequestError (404) for one that is not the caller's, too."""
         found = self._objects.get(name)
-        if found is None:
+        if found is None or not may_see(found):
             error = RequestError(f"No such File object: {name}", param="id", code="file_not_found")
             error.status = 404
             raise error

@@ -18,6 +18,7 @@ from starlette.types import Message
 from tokenry.api import routes
 from tokenry.api.answer import ignored_header
 from tokenry.api.body import read_json
+from tokenry.api.caller import caller
 from tokenry.api.chat import chat_completions, check_messages, render
 from tokenry.api.inner import ask, body_of, is_answer, refuse
 from tokenry.api.paging import QUERY, page
@@ -52,7 +53,7 @@ async def create(request: Request) -> Response:
     before = store.conversation(wanted.previous_response_id)
     stream = bool(wanted.stream or wanted.background)
     teller = Teller(wanted, model)
-    record = Record(response=teller.response, items=items)
+    record = Record(response=teller.response, items=items, owner=caller().owner)
     client = _without_client(request) if wanted.background else request
     try:
         body = chat_body(wanted, model, [*before, *items], stream=stream)

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from tokenry.api.caller import caller
 from tokenry.errors import RequestError
 
 MAX_BYTES = 256 * 2**20
@@ -28,6 +29,7 @@ class Record:
     items    its input as items; earlier ones are found by `previous_response_id`.
     events   of a response that streams in the background; `news` is set at each.
     task     runs it in the background.
+    owner    the mark of the key that made it: any other does not see it.
     """
 
     response: dict[str, Any]
@@ -35,6 +37,7 @@ class Record:
     events: list[dict[str, Any]] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    owner: str | None = None
     num_bytes: int = 0
 
     @property
@@ -87,8 +90,8 @@ class ResponseStore:
         self._drop()
 
     def get(self, name: str) -> Record:
-        """The record; raises RequestError (404) for one that is not here."""
-        record = self._records.get(name)
+        """The record; raises RequestError (404) for one that is not here, or not the caller's."""
+        record = self._seen(name)
         if record is None:
             error = RequestError(
                 f"Response with id {name!r} not found: it was never stored, was deleted, or made "
@@ -114,7 +117,7 @@ class ResponseStore:
         """
         parts: list[list[dict[str, Any]]] = []
         while name is not None:
-            record = self._records.get(name)
+            record = self._seen(name)
             if record is None or record.response["status"] not in ("completed", "incomplete"):
                 why = "not found" if record is None else f"is {record.response['status']}"
                 raise RequestError(
@@ -126,6 +129,11 @@ class ResponseStore:
             parts.append([*record.items, *record.response["output"]])
             name = record.response["previous_response_id"]
         return [item for part in reversed(parts) for item in part]
+
+    def _seen(self, name: str) -> Record | None:
+        """The record, if it is here and the request that is answered may know of it."""
+        record = self._records.get(name)
+        return record if record is not None and caller().sees(record.owner) else None
 
     def close(self) -> None:
         """End what runs."""
