@@ -160,27 +160,23 @@ class EngineCore:
         return future
 
     def _finish_oldest(self) -> None:
-        plan, future = self._in_flight[
-            0
-        ]  # taken out once it has ended: an interrupt may come first
+        """Wait for it and book what came; what failed belongs to its requests. Raises DeviceLost,
+        with which the engine ends, and so do all requests.
+        """
+        plan, future = self._in_flight.popleft()
         try:
             result = future.result()()
-        except DeviceLost:  # the engine ends with it, and so do all requests
-            self._in_flight.popleft()
+        except DeviceLost:
             raise
-        except (
-            Exception
-        ) as error:  # no request may end the engine: the cause goes to the step's requests
+        except Exception as error:  # no request may end the engine: its requests get the cause
             log.error("step %d failed:\n%s", plan.step, "".join(traceback.format_exception(error)))
-            cause = (
-                str(error)
-                if isinstance(error, TokenryError)
-                else f"{type(error).__name__}: {error}"
-            )
-            self._in_flight.popleft()
+            known = isinstance(error, TokenryError)
+            cause = str(error) if known else f"{type(error).__name__}: {error}"
             self._scheduler.fail(plan, f"The step failed: {cause}")
+        except BaseException:  # an interrupt came first: the step is still in flight
+            self._in_flight.appendleft((plan, future))
+            raise
         else:
-            self._in_flight.popleft()
             self._scheduler.update(plan, result)
 
 
