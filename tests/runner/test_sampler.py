@@ -43,6 +43,27 @@ def one(logits, params, **values):
     return int(make_sampler()(logits[None], [draw(params, **values)]).token_ids[0])
 
 
+def adjusted(logits, one):
+    """What the op is given to draw from, of one row."""
+    seen = []
+
+    def op(x, inputs):
+        seen.append(x)
+        return x.argmax(-1).to(torch.int32)
+
+    Sampler(op, device="cpu", eos_token_ids=(EOS,), processors={})(logits[None], [one])
+    return seen[0][0]
+
+
+def test_rows_without_rules_reach_the_op_untouched(logits):
+    plain = draw(SamplingParams(temperature=0.7, top_k=4, top_p=0.9, min_p=0.1))
+    assert adjusted(logits, plain).data_ptr() == logits.data_ptr()
+    assert adjusted(logits, draw(greedy())).data_ptr() == logits.data_ptr()
+    before = logits.clone()
+    assert adjusted(logits, draw(greedy(logit_bias={3: 1.0})))[3] == before[3] + 1
+    assert torch.equal(logits, before)
+
+
 @pytest.fixture
 def logits():
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
@@ -88,7 +109,7 @@ def test_penalties_are_those_of_the_definition(history, repetition, frequency, p
         want[token] = want[token] / repetition if want[token] > 0 else want[token] * repetition
     for token in set(history[2:]):
         want[token] -= frequency * history[2:].count(token) + presence
-    got = make_sampler()._adjust(row[None], [draw(params, history=tuple(history))])[0]
+    got = adjusted(row, draw(params, history=tuple(history)))
     torch.testing.assert_close(got, want)
 
 

@@ -30,7 +30,7 @@ from tokenry.runner.sampling.processors import (
     make_processor,
     raised,
 )
-from tokenry.runner.sampling.rules import apply_rules, has_rules
+from tokenry.runner.sampling.rules import Ruled, apply_rules, has_rules
 from tokenry.runner.sampling.shapes import to_power_of_two
 
 ROWS_AT_ONCE = 16
@@ -77,18 +77,21 @@ class Sampler:
     def __call__(self, logits: Tensor, draws: Sequence[Draw | None]) -> Sampled:
         """Draw for the rows that have a Draw (the others' results mean nothing)."""
         broken = _not_finite(logits, LOGITS_BROKEN)
-        adjusted = self._adjust(logits, draws)
-        errors = self._process(adjusted, draws)
+        ruled = [(i, d) for i, d in enumerate(draws) if d is not None and has_rules(d)]
+        if not ruled:  # most steps: nothing below would touch a row
+            token_ids = self._op(logits, self._inputs(draws, ()))
+            return Sampled(token_ids=token_ids, broken=broken, errors={})
+        adjusted = logits.clone()
+        apply_rules(adjusted, ruled, self._eos)
+        errors = self._process(adjusted, ruled)
         masks = [None if d is None else d.mask for d in draws]
         errors |= apply_masks(adjusted, masks, self._device)
-        if adjusted is not logits:
-            broken |= _not_finite(adjusted, NOTHING_LEFT)
-        self._narrow(adjusted, draws)
-        steered = [(i, d) for i, d in enumerate(draws) if d is not None and d.params.mirostat]
-        steered = [(i, d) for i, d in steered if not d.params.greedy]
+        broken |= _not_finite(adjusted, NOTHING_LEFT)
+        self._narrow(adjusted, ruled)
+        steered = [(i, d) for i, d in ruled if d.params.mirostat and not d.params.greedy]
         steered_padded = to_power_of_two(steered)
         left = adjusted[[i for i, _ in steered_padded]] if steered else None
-        marked = [(i, d) for i, d in enumerate(draws) if d is not None and by_gumbel(d)]
+        marked = [(i, d) for i, d in ruled if by_gumbel(d)]
         add_gumbel(adjusted, marked)
         token_ids = self._op(adjusted, self._inputs(draws, {i for i, _ in marked}))
         mu_rows = tuple(i for i, _ in steered)
@@ -98,9 +101,9 @@ class Sampler:
             mu = next_mu(left, drawn, [d for _, d in steered_padded])
         return Sampled(token_ids=token_ids, broken=broken, errors=errors, mu=mu, mu_rows=mu_rows)
 
-    def _narrow(self, out: Tensor, draws: Sequence[Draw | None]) -> None:
+    def _narrow(self, out: Tensor, ruled: Ruled) -> None:
         """Candidates of the rows whose parameters the `sample` op does not know, in place."""
-        rows = [(i, d) for i, d in enumerate(draws) if d is not None and narrows(d.params)]
+        rows = [(i, d) for i, d in ruled if narrows(d.params)]
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             some = to_power_of_two(rows[begin : begin + ROWS_AT_ONCE])
             index = [i for i, _ in some]
@@ -158,22 +161,11 @@ class Sampler:
             )
         return self._greedy[rows]
 
-    def _adjust(self, logits: Tensor, draws: Sequence[Draw | None]) -> Tensor:
-        """Logits with every row's own rules applied; the tensor itself where no row has any."""
-        ruled = [(i, d) for i, d in enumerate(draws) if d is not None and has_rules(d)]
-        if not ruled:
-            return logits
-        out = logits.clone()
-        apply_rules(out, ruled, self._eos)
-        return out
-
-    def _process(self, out: Tensor, draws: Sequence[Draw | None]) -> dict[int, str | Refusal]:
-        """Logits processors on their rows, in place (`_adjust` gave these rows a copy); what one
-        raises is its row's error.
-        """
+    def _process(self, out: Tensor, ruled: Ruled) -> dict[int, str | Refusal]:
+        """Logits processors on their rows, in place; what one raises is its row's error."""
         errors: dict[int, str | Refusal] = {}
-        for i, draw in enumerate(draws):
-            if draw is None or draw.params.logits_processor is None:
+        for i, draw in ruled:
+            if draw.params.logits_processor is None:
                 continue
             process = draw.processor or self.make_processor(draw.params)
             try:

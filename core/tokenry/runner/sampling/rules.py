@@ -26,13 +26,15 @@ Ruled = Sequence[tuple[int, Draw]]
 
 
 def has_rules(draw: Draw) -> bool:
-    """Whether the row's logits are changed before it draws."""
+    """Whether the row's logits are changed before it draws, in whatever way: the sampler looks at
+    no other row.
+    """
     p = draw.params
     return bool(
         p.logit_bias
         or p.allowed_token_ids is not None
         or p.bad_words_ids
-        or p.logits_processor
+        or p.logits_processor is not None
         or p.presence_penalty
         or p.frequency_penalty
         or p.repetition_penalty != 1
