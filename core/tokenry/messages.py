@@ -24,6 +24,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defa
     """Start a request (n is 1 here: the front makes one per completion).
 
     priority      lower runs first, under the priority policy.
+    filler        runs on what others leave: behind all that are none, and preempted for them.
     cache_salt    separates prefix-cache entries of tenants.
     eos_token_ids the model's own end tokens, unless params.ignore_eos.
     source        id of a request with the same prompt: its blocks are shared.
@@ -36,6 +37,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add", omit_defa
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     priority: int = 0
+    filler: bool = False
     cache_salt: str = ""
     lora_name: str | None = None
     pooling: PoolingParams | None = None
@@ -100,6 +102,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     a second.
 
     num_prefilling  of those that run, how many have prompt tokens that no step took yet.
+    num_device_ooms steps that the device had no memory for, and that were tried again.
     """
 
     num_running: int = 0
@@ -118,6 +121,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     uncompiled_launches: int = 0
     programs: int = 0
     num_requests_aborted: int = 0
+    num_device_ooms: int = 0
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):

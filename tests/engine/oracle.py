@@ -10,11 +10,12 @@ raises.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tokenry.engine.core import EngineCore
 from tokenry.engine.limits import EngineLimits
+from tokenry.errors import DeviceOOM
 from tokenry.messages import AddRequest, TokensEvent
 from tokenry.params import SamplingParams
 from tokenry.plan import NewRequest, Row, RowResult, StepPlan, StepResult, TokenLogprobs
@@ -58,12 +59,14 @@ class Held:
 @dataclass
 class OracleRunner:
     """Runs plans against a dict of slots. `fail_at`: steps that raise; `bad_rows`: ids whose row
-    reports an error.
+    reports an error; `oom_at`: steps without device memory, which they find before or in the middle
+    of their rows, or when the result is waited for.
     """
 
     block_size: int
     fail_at: frozenset[int] = frozenset()
     bad_rows: frozenset[str] = frozenset()
+    oom_at: Mapping[int, str] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
     kv: dict[int, tuple[int, int]] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
@@ -81,9 +84,21 @@ class OracleRunner:
         if plan.step in self.fail_at:
             self.broken |= {row.request_id for row in plan.rows}
             raise RuntimeError(f"planted failure in step {plan.step}")
+        oom = self.oom_at.get(plan.step)
+        if oom in ("before", "middle"):
+            for row in plan.rows[: len(plan.rows) // 2] if oom == "middle" else ():
+                self._row(row)
+            self.broken |= {row.request_id for row in plan.rows}
+            raise DeviceOOM(f"planted in step {plan.step}")
         rows = tuple(self._row(row) for row in plan.rows)
         result = StepResult(step=plan.step, rows=rows)
-        return lambda: result
+
+        def wait() -> StepResult:
+            if oom is not None:
+                raise DeviceOOM(f"planted in the result of step {plan.step}")
+            return result
+
+        return wait
 
     def _introduce(self, new: NewRequest) -> None:
         assert new.request_id not in self.held, f"{new.request_id} introduced twice"

@@ -101,6 +101,10 @@ COUNTERS: tuple[Reading, ...] = (
     ),
     (Name(own="step_failures", help="Steps that failed"), lambda s: s.step_failures),
     (
+        Name(own="device_out_of_memory", help="Steps without device memory, tried again smaller"),
+        lambda s: s.num_device_ooms,
+    ),
+    (
         Name(own="uncompiled_launches", help="Launches without a program"),
         lambda s: s.uncompiled_launches,
     ),

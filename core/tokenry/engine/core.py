@@ -18,8 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from tokenry.engine.gate import Gate, Grammars
 from tokenry.engine.limits import EngineLimits
+from tokenry.engine.retreat import release_frames
 from tokenry.engine.scheduler import Scheduler
-from tokenry.errors import DeviceLost, Refusal, RequestError, TokenryError
+from tokenry.errors import DeviceLost, DeviceOOM, Refusal, RequestError, TokenryError
 from tokenry.messages import AddRequest, Stats, TokensEvent
 from tokenry.plan import StepPlan, StepResult, StepRunner
 
@@ -112,6 +113,7 @@ class EngineCore:
             steps=c.steps,
             step_failures=c.step_failures,
             num_requests_aborted=c.aborted,
+            num_device_ooms=c.device_ooms,
         )
 
     def kv_waste(self) -> float:
@@ -168,6 +170,9 @@ class EngineCore:
             result = future.result()()
         except DeviceLost:
             raise
+        except DeviceOOM as error:  # it stays usable: the step is planned anew, and smaller
+            release_frames(error)
+            self._scheduler.retry(plan, error)
         except Exception as error:  # no request may end the engine: its requests get the cause
             log.error("step %d failed:\n%s", plan.step, "".join(traceback.format_exception(error)))
             known = isinstance(error, TokenryError)

@@ -46,3 +46,4 @@ class Counters:
     aborted: int = 0
     steps: int = 0
     step_failures: int = 0
+    device_ooms: int = 0

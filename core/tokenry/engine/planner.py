@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from tokenry.engine.answers import too_large
 from tokenry.engine.block_manager import BlockManager
+from tokenry.engine.filler import who_yields
 from tokenry.engine.limits import EngineLimits
 from tokenry.engine.policy import Policy
 from tokenry.engine.prefix import find_prefix
 from tokenry.engine.request import Request, Status, last_running
+from tokenry.engine.retreat import Retreat
 from tokenry.engine.roster import Roster
 from tokenry.errors import Refusal
 from tokenry.plan import NewRequest, Row
@@ -30,7 +32,11 @@ class Planned:
 
 
 class Planner:
-    """Owned by Scheduler. refuse: ends a request that can never go on."""
+    """Owned by Scheduler.
+
+    refuse    ends a request that can never go on.
+    retreat   how large a step may be.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class Planner:
         self._policy = policy
         self._roster = roster
         self._refuse = refuse
+        self.retreat = Retreat(limits)
 
     def draft(self, now_s: float) -> tuple[list[Planned], list[NewRequest]]:
         """Rows of the next step, none if nothing can run now, and the requests new to the
@@ -53,7 +60,7 @@ class Planner:
         planned: list[Planned] = []
         new: list[NewRequest] = []
         running = self._roster.running
-        budget = self._policy.begin(running, now_s)
+        budget = min(self._policy.begin(running, now_s), self.retreat.tokens)
         order, num_first = self._policy.order(running)
         budget, preempted = self._plan_running(planned, new, order, range(num_first), budget)
         if not preempted:
@@ -73,7 +80,7 @@ class Planner:
         preempted = False
         for i in span:
             request = order[i]
-            if budget <= 0:
+            if budget <= 0 or len(planned) >= self.retreat.rows:
                 break
             if request.status is not Status.RUNNING:
                 continue  # it gave up its blocks to one before it
@@ -104,30 +111,37 @@ class Planner:
         return budget, preempted
 
     def _plan_waiting(self, planned: list[Planned], new: list[NewRequest], budget: int) -> int:
-        """Admit from the queue while sequences, tokens and blocks last; nobody overtakes. Gives
-        what is left of the budget.
+        """Admit from the queue while sequences, tokens and blocks last; nobody overtakes, and
+        fillers that run make room for the others. Gives what is left of the budget.
         """
-        reserved = sum(
-            max(0, self.blocks.num_blocks_for(len(r.tokens)) - len(r.block_ids))
-            for r in self._roster.running
-        )
-        while budget > 0 and len(self._roster.running) < self.limits.max_num_seqs:
+        reserved, yielded = self._num_reserved(), False
+        while budget > 0 and len(planned) < self.retreat.rows:
             request = self._roster.waiting.head()
             if request is None or request.num_pending:
                 break  # preempted with a token in flight: the runner must be told all tokens
+            if request.filler and yielded:
+                break  # it may be the one that yielded: it comes back in a later step
             needed = self.blocks.num_blocks_for(len(request.tokens))
             if needed > self.blocks.num_usable:
                 refusal = too_large(self.blocks, len(request.tokens))
                 self._refuse(request, refusal)
                 continue
+            if len(self._roster.running) >= self.limits.max_num_seqs:
+                if not self._make_room(request, planned, num_missing=0):
+                    break
+                reserved, yielded = self._num_reserved(), True
             prefix, hashes = find_prefix(self.blocks, request, pools_whole=self.limits.pools_whole)
             num_cached = len(prefix) * self.limits.block_size
             num_new = len(request.tokens) - num_cached
             if num_new > budget and not self.limits.chunked_prefill:
                 assert planned, "limits: a whole request fits an empty step"
                 break
-            if self.blocks.num_takable_after(prefix) - reserved < needed - len(prefix):
-                break
+            missing = needed - len(prefix) + reserved - self.blocks.num_takable_after(prefix)
+            if missing > 0:
+                if not self._make_room(request, planned, num_missing=missing):
+                    break
+                reserved, yielded = self._num_reserved(), True
+                continue
             num_new = min(num_new, budget)
             self._roster.admit(request, prefix, hashes, num_cached)
             block_ids = self._grow(request, num_new)
@@ -137,6 +151,23 @@ class Planner:
             self._plan_row(planned, request, num_new, block_ids)
             budget -= num_new
         return budget
+
+    def _num_reserved(self) -> int:
+        """Blocks that those who run still need for tokens that they have."""
+        return sum(
+            max(0, self.blocks.num_blocks_for(len(r.tokens)) - len(r.block_ids))
+            for r in self._roster.running
+        )
+
+    def _make_room(self, request: Request, planned: list[Planned], *, num_missing: int) -> bool:
+        """Whether a filler gave up its place for the request, which is short of so many blocks."""
+        in_step = {p.request for p in planned}
+        yielding = who_yields(
+            self._roster.running, request, in_step, num_missing, self.blocks.num_blocks_for
+        )
+        if yielding is not None:
+            self._roster.preempt(yielding)
+        return yielding is not None
 
     def _gap(self, request: Request) -> int:
         """Tokens that the request could compute now."""

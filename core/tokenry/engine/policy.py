@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from tokenry.engine.filler import LATE, num_urgent
 from tokenry.engine.limits import EngineLimits
 from tokenry.engine.request import Request
 from tokenry.engine.waiting import WaitingQueue
@@ -55,19 +56,20 @@ class Policy:
         self._limits = limits
         self.queue: Queue = WaitingQueue()
 
-    def urgency(self, priority: int, step: int) -> int:
+    def urgency(self, priority: int, step: int, *, filler: bool = False) -> int:
         """First part of a request's key; its arrival is the second."""
-        return priority * AGING_STEPS + step if self._limits.policy == "priority" else 0
+        aged = priority * AGING_STEPS + step if self._limits.policy == "priority" else 0
+        return aged + LATE if filler else aged
 
     def begin(self, running: Sequence[Request], now_s: float) -> int:
         """A step is being planned: most tokens that it may have."""
         return self._limits.max_num_batched_tokens
 
     def order(self, running: Sequence[Request]) -> tuple[list[Request], int]:
-        """Running requests, the most urgent first, and how many of them go before those that wait.
-        Who is last gives up its blocks first.
+        """Running requests, the most urgent first, and how many of them go before those that wait:
+        no filler does. Who is last gives up its blocks first.
         """
-        return list(running), len(running)
+        return list(running), num_urgent(running)
 
     def launched(self, plan: StepPlan, now_s: float) -> None:
         """The plan was made and is about to run."""

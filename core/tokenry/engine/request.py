@@ -40,7 +40,10 @@ class Request:
                    may be shared.
     group, beam    the search that it is a beam of, and which one in this round.
     introduce      the runner has to be told its tokens anew.
+    num_ooms       steps of this request alone that did not fit the device, since one that did.
+    void_until     what the steps up to this number give it means nothing: one of them did not run.
     num_pending    1 while a sampled token is in flight: it exists, but nobody here knows it yet.
+    filler         it runs on what others leave: see filler.py.
     key            place in the queue and in the running list: the smallest goes first.
     block_ids      blocks held, in the order of the tokens.
     block_hashes   chained hashes of the full blocks that are entered in the prefix cache, or came
@@ -64,6 +67,7 @@ class Request:
     lora_name: str | None
     max_len: int
     queued_s: float
+    filler: bool = False
     pooling: PoolingParams | None = None
     matcher: Matcher | None = None
     status: Status = Status.WAITING
@@ -75,6 +79,8 @@ class Request:
     group: BeamGroup | None = None
     beam: int = 0
     introduce: bool = False
+    void_until: int = 0
+    num_ooms: int = 0
     num_cached: int = 0
     epoch: int = 0
     scheduled_s: float = 0.0
@@ -110,6 +116,7 @@ class Request:
             seed=seed if params.seed is None else params.seed,
             key=key,
             priority=message.priority,
+            filler=message.filler,
             cache_salt=message.cache_salt,
             lora_name=message.lora_name,
             max_len=min(max_model_len, len(message.token_ids) + room),

@@ -19,6 +19,7 @@ Who goes first, and how large a step may be, a `Policy` says.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -30,11 +31,15 @@ from tokenry.engine.limits import Counters, EngineLimits
 from tokenry.engine.planner import Planned, Planner
 from tokenry.engine.prefix import enter_blocks, shares_prompt
 from tokenry.engine.request import Request, Status
+from tokenry.engine.retreat import ALONE_TRIES
 from tokenry.engine.roster import Roster
 from tokenry.engine.slo import make_policy
-from tokenry.errors import Refusal, RequestError
+from tokenry.errors import DeviceOOM, Refusal, RequestError
 from tokenry.messages import AddRequest, TokensEvent
 from tokenry.plan import RowResult, StepPlan, StepResult
+
+log = logging.getLogger(__name__)
+OOM_MEND = "--max-num-batched-tokens, --max-model-len or --memory-fraction lower"
 
 
 class Scheduler:
@@ -64,7 +69,9 @@ class Scheduler:
             raise RequestError(f"Request id {message.request_id!r} is in use.", param="request_id")
         check_length(num_prompt, message.params.max_tokens, limits.max_model_len)
         self._arrivals += 1
-        urgency = self._policy.urgency(message.priority, self.counters.steps)
+        urgency = self._policy.urgency(
+            message.priority, self.counters.steps, filler=message.filler
+        )
         group = BeamGroup.of(message, limits.max_model_len) if message.params.beam_width else None
         request = Request.from_message(
             message if group is None else group.first,
@@ -143,6 +150,8 @@ class Scheduler:
         """Take in the result of a step: tokens, ends, blocks for the prefix cache."""
         planned_rows = self._in_flight.pop(plan.step)
         self._policy.ended(plan, self._clock())
+        if any(self._counts(plan, p.request) for p in planned_rows):
+            self._planner.retreat.fitted()
         sampled_again = {
             id(p.request)
             for later in self._in_flight.values()
@@ -151,8 +160,9 @@ class Scheduler:
         }
         for planned, row in zip(planned_rows, result.rows, strict=True):
             request = planned.request
-            if request.status is Status.ENDED:
+            if not self._counts(plan, request):
                 continue
+            request.num_ooms = 0
             if row.error is not None:
                 self._fail(request, row.error, row.refusal)
                 continue
@@ -169,8 +179,60 @@ class Scheduler:
         self.counters.step_failures += 1
         self._policy.ended(plan, self._clock())
         for planned in self._in_flight.pop(plan.step):
-            if planned.request.status is not Status.ENDED:
+            if self._counts(plan, planned.request):
                 self._fail(planned.request, cause)
+
+    def retry(self, plan: StepPlan, error: DeviceOOM) -> None:
+        """The device had no memory for the step, which did not happen, then: its requests are where
+        they were before it, the least urgent of them wait again, and the next steps are smaller. A
+        request that does not even fit alone ends.
+
+        What a later step in flight gives these requests rests on what was not computed: it is
+        dropped.
+        """
+        self.counters.device_ooms += 1
+        self._policy.ended(plan, self._clock())
+        rows = self._in_flight.pop(plan.step)
+        live = [p for p in rows if self._counts(plan, p.request)]
+        running = sorted((r for p in live if (r := self._undo(p)) is not None), key=lambda r: r.key)
+        if not live:
+            return  # its requests were taken back when the step before it failed
+        retreat = self._planner.retreat
+        retreat.shrink(len(live), sum(p.row.num_new for p in live))
+        log.warning(
+            "step %d (%d requests, %d tokens) had no device memory and is tried again with at most "
+            "%d requests and %d tokens: %s",
+            plan.step, len(rows), plan.num_tokens, retreat.rows, retreat.tokens, error.message,
+        )  # fmt: skip
+        if len(live) == 1:
+            alone = live[0].request
+            alone.num_ooms += 1
+            if alone.num_ooms == ALONE_TRIES:
+                self.counters.step_failures += 1
+                self._fail(alone, str(_too_much(live[0], error)))
+                return
+        for i, request in enumerate(running):
+            if i >= retreat.rows or request.pooling is not None:
+                self._roster.preempt(request)  # a pooled sum of its rows cannot be taken back
+
+    @staticmethod
+    def _counts(plan: StepPlan, request: Request) -> bool:
+        """Whether what the step gives the request means something to it."""
+        return request.status is not Status.ENDED and plan.step > request.void_until
+
+    def _undo(self, planned: Planned) -> Request | None:
+        """The row was not computed; gives its request if that still runs, in the same life."""
+        request = planned.request
+        if request.status is Status.RUNNING and request.epoch != planned.epoch:
+            return None  # it began anew since
+        request.void_until = self.counters.steps
+        request.num_pending = 0
+        if request.status is Status.WAITING:
+            return None  # preempted since: nothing is in flight for it any more
+        request.num_computed = planned.row.num_computed
+        request.introduce = True  # whatever the runner made of the step
+        self._roster.forget.append(request.request_id)
+        return request
 
     def _take(self, request: Request, planned: Planned, row: RowResult) -> None:
         """Append the row's tokens until one ends the request; enter its full blocks in the prefix
@@ -274,3 +336,14 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Blocks and requests agree. Raises IntegrityError or AssertionError."""
         self._roster.check()
+
+
+def _too_much(planned: Planned, error: DeviceOOM) -> DeviceOOM:
+    """What ends a request whose step does not fit the device's memory by itself."""
+    row, request = planned.row, planned.request
+    return DeviceOOM(
+        f"The device had no memory for a step of this request alone, {ALONE_TRIES} times: tokens "
+        f"{row.num_computed} to {row.num_computed + row.num_new} of {len(request.tokens)}. "
+        f"{error.message}",
+        mend=error.mend or OOM_MEND,
+    )

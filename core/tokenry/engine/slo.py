@@ -11,6 +11,7 @@ is handed in, so a simulation decides as a server does.
 - A step is no longer than the answers under way can bear: its prompt tokens are limited so that the
   answers' next tokens come within their tpot targets (SLOs-Serve, arXiv 2504.08784, budgets steps
   likewise). New ones are not admitted where their decoding alone would break the others' pace.
+- Fillers (filler.py) are outside all this: they take what is left.
 - Requests without targets, and those that are too late, are due `PATIENCE_S` after their arrival,
   and a priority p is due p seconds later. Until then they take what the others leave; from then on
   a share of the prompt tokens is theirs, the longest due first, so that no stream of urgent
@@ -60,6 +61,7 @@ class SLOPolicy(Policy):
     def begin(self, running: Sequence[Request], now_s: float) -> int:
         """Order who waits, by what can be in time now; tokens that the answers can bear."""
         self._now_s = now_s
+        running = [r for r in running if not r.filler]
         busy = [r for r in running if r.num_pending or r.num_tokens > r.num_computed]
         num_running = len(busy)
         paces = [p for r in busy if (p := _tpot_s(r)) is not None]
@@ -72,11 +74,13 @@ class SLOPolicy(Policy):
         """Answers under way, then prompts by their deadline; those later than the first who waits
         come after him.
         """
-        decoding = [r for r in running if _decodes(r)]
-        prompts = sorted((self._running_deadline(r), r.key, r) for r in running if not _decodes(r))
+        urgent = [r for r in running if not r.filler]
+        decoding = [r for r in urgent if _decodes(r)]
+        prompts = sorted((self._running_deadline(r), r.key, r) for r in urgent if not _decodes(r))
         before = [r for deadline, _, r in prompts if deadline <= self._first_deadline_s]
         after = [r for deadline, _, r in prompts if deadline > self._first_deadline_s]
-        return [*decoding, *before, *after], len(decoding) + len(before)
+        fillers = [r for r in running if r.filler]
+        return [*decoding, *before, *after, *fillers], len(decoding) + len(before)
 
     def launched(self, plan: StepPlan, now_s: float) -> None:
         """Book the prompt tokens of those who were due and of the others."""
@@ -107,7 +111,7 @@ class SLOPolicy(Policy):
         """Who is asked first, of all that wait."""
         due, hopeful, idle = [], [], []
         for request in self._slo_queue.waiting():
-            deadline = self._deadline(request)
+            deadline = None if request.filler else self._deadline(request)
             if (
                 deadline is not None
                 and self._now_s + self._prefill_s(request, num_running) <= deadline
@@ -304,7 +308,9 @@ class _Mean:
 
 
 def due_s(request: Request) -> float:
-    """When a request that no target urges must be served."""
+    """When a request that no target urges must be served; nothing ever urges a filler."""
+    if request.filler:
+        return math.inf
     return request.queued_s + PATIENCE_S + request.priority
 
 
