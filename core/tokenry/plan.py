@@ -145,10 +145,10 @@ class StepRunner(Protocol):
         """Launch the step; the returned function waits for its outcome. Steps are run in the order
         of their plans.
 
-        DeviceOOM from either call: the step did not happen, and its requests, forgotten and
-        introduced anew, are in a later plan; of the device, none of their KV is relied on that the
-        step was to write. Any other exception fails the requests of the plan. The step after it may be
-        launched already, with rows of these requests: the runner reports them by
-        `RowResult.error`, and computes the others.
+        DeviceOOM from either call: the step did not happen; its requests, forgotten and introduced
+        anew, are in a later plan, which writes all KV again that this step was to write. Any other
+        exception fails the requests of the plan. The step after it may be launched already, with
+        rows of these requests: the runner reports them by `RowResult.error`, and computes the
+        others.
         """
         ...
