@@ -161,6 +161,17 @@ def test_another_contract_is_refused(install, contract, mend):
     assert caught.value.mend == mend
 
 
+@pytest.mark.parametrize("contract", [(1, 0), (1, 1)], ids=str)
+def test_the_minors_until_this_one_are_served_without_a_word(install, caplog, contract):
+    assert contract <= CONTRACT
+    install("x", contract=contract)
+    with caplog.at_level(logging.WARNING):
+        opened = discovery.open_backend(ref("x"), {})
+    assert opened.caps.contract == contract and opened.memory().total == 1
+    assert opened.caps.shapes.mixed_tokens == 0, "what 1.1 added is off where it is not named"
+    assert "contract" not in caplog.text
+
+
 def test_a_newer_minor_is_served_with_a_warning(install, caplog):
     install("x", contract=(CONTRACT[0], CONTRACT[1] + 1))
     with caplog.at_level(logging.WARNING):

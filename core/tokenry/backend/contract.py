@@ -6,7 +6,8 @@ nor a driver; the base class with a default for every method is in `base.py`, th
 oracle in `reference.py`.
 
 Version rule: `CONTRACT = (major, minor)`. A minor only adds (a field with a conservative default, a
-method with a default, an optional op). The core serves majors M and M-1.
+method with a default, an optional op). The core serves majors M and M-1, of every minor.
+1.1: `ShapeRules.mixed_tokens`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from tokenry.backend.base import Backend
 
-CONTRACT = (1, 0)
+CONTRACT = (1, 1)
 ENTRY_POINTS = "tokenry.backends"
 """Entry-point group under which a distribution names its hooks object: `cpu = "tokenry_cpu"`."""
 
