@@ -85,7 +85,9 @@ class Op(Protocol):
     attention(q, k, v, kv_layer, batch, *, scale, window, softcap) -> [T, num_heads * head_dim]
         writes k, v [T, num_kv_heads, head_dim] to batch.slots, then causal attention of q [T,
         num_heads, head_dim] over each request's blocks. window: None or number of most recent
-        tokens seen (incl. itself); softcap: None or c in c * tanh(s / c).
+        tokens seen (incl. itself); softcap: None or c in c * tanh(s / c). A layer with sinks
+        [num_heads] (one more score per head, which takes its share of the softmax and gives
+        nothing) asks `supports(sinks=True)` and passes `sinks=`.
     linear(x [T, in], weights) -> [T, out]           weights: what `pack({"weight": [out, in],
     "bias"?: [out]})` gave rms_norm(x, weight, eps, residual=None) -> y, or (y, x + residual) with a
     residual; fp32 inside rope(q [T, H, D], k [T, KH, D], positions [T], table [max_len, 2, rot/2])

@@ -45,6 +45,7 @@ class ScoreRule:
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
 
 
 class Attention(ReferenceOp):
@@ -61,6 +62,7 @@ class Attention(ReferenceOp):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[T, num_heads * head_dim]; kv_layer [2, num_blocks, block_size, num_kv_heads, head_dim]
         gets k and v.
@@ -73,7 +75,7 @@ class Attention(ReferenceOp):
         live = rows - batch.q_start[owner] < batch.q_lens[owner]
         KH = k.shape[1]
         grouped = q.float().view(T, KH, q.shape[1] // KH, q.shape[2])
-        rule = ScoreRule(scale=scale, window=window, softcap=softcap)
+        rule = ScoreRule(scale=scale, window=window, softcap=softcap, sinks=sinks)
         if S <= MAX_LOOPED_SEQS:
             out = _by_request(grouped, kv_layer, batch, owner, rule)
         else:
@@ -146,7 +148,11 @@ def _softmax(scores: Tensor, seen: Tensor, rule: ScoreRule) -> Tensor:
     scores = scores * rule.scale
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    return torch.softmax(torch.where(seen[:, None, None, :], scores, -torch.inf), dim=-1)
+    scores = torch.where(seen[:, None, None, :], scores, -torch.inf)
+    if rule.sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sinks = rule.sinks.float().view(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, -1)
+    return torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
 
 
 class Linear(ReferenceOp):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from triton.runtime.errors import InterpreterError
 from triton_host import HostBackend
+from triton_launches import long_decode
 
-from tokenry.backend.base import StepBatch
-from tokenry.backend.contract import Bucket
 from tokenry.backend.reference import REFERENCE_OPS
 from tokenry.conformance.attention import trial
 from tokenry.conformance.compare import difference
@@ -40,7 +39,8 @@ def test_every_phase_and_dtype(works, dtype):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 64), (8, 1, 32), (2, 2, 80), (4, 2, 256)]
+    ("heads", "kv_heads", "dim"),
+    [(4, 4, 16), (6, 2, 64), (8, 1, 32), (2, 2, 80), (2, 1, 96), (4, 2, 128), (4, 2, 256)],
 )
 def test_every_layout_of_heads(heads, kv_heads, dim):
     case = AttentionCase(works=MIXED[:3], num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
@@ -77,30 +77,6 @@ def test_kv_in_eight_bits_is_close():
     assert np.abs(tried.got[0] - tried.want[0]).max() < 0.25
 
 
-def long_decode(lengths, **rule):
-    """Decodes of so many keys, one KV head for two of 16 dims; request i's values hang on i."""
-    S, blocks = len(lengths), -(-max(lengths) // 16)
-    table = torch.arange(1, S * blocks + 1, dtype=torch.int32).view(S, blocks)
-    kv = torch.full((2, S * blocks + 1, 16, 1, 16), 50.0)
-    q, k, v = torch.empty(S, 2, 16), torch.empty(S, 1, 16), torch.empty(S, 1, 16)
-    for i, length in enumerate(lengths):
-        generator = torch.Generator().manual_seed(i)
-        old = torch.randn((2, length, 1, 16), generator=generator)
-        kv[:, table[i].long()] = torch.nn.functional.pad(
-            old, (0, 0, 0, 0, 0, blocks * 16 - length), value=50.0
-        ).view(2, blocks, 16, 1, 16)
-        q[i], k[i], v[i] = torch.randn((2, 16), generator=generator), *old[:, -1]
-    lens = torch.tensor(lengths, dtype=torch.int32)
-    at = lens - 1
-    batch = StepBatch(
-        bucket=Bucket(phase="decode", seqs=S, tokens=S, kv_blocks=blocks),
-        token_ids=at, positions=at, slots=table[torch.arange(S), at.long() // 16] * 16 + at % 16,
-        q_start=torch.arange(S + 1, dtype=torch.int32), q_lens=torch.ones_like(lens),
-        seq_lens=lens, block_table=table, logit_rows=at, extra={},
-    )  # fmt: skip
-    return q, k, v, kv, batch
-
-
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_long_decode_is_split_and_merged(window):
     launch = long_decode((600, 5, 1300))
@@ -114,6 +90,13 @@ def test_a_split_decode_has_the_same_bits_in_any_batch():
     together = attention(*long_decode((600, 1100)), scale=0.3)[0]
     for lengths in ((600,), (600, 3)):
         assert torch.equal(attention(*long_decode(lengths), scale=0.3)[0], together)
+
+
+def test_a_short_request_has_the_same_bits_beside_one_that_is_split():
+    """Alone its table is too narrow for splits; beside a long one it has one of many."""
+    attention = triton_ops("sm_90")["attention"]
+    alone = attention(*long_decode((400,)), scale=0.3)[0]
+    assert torch.equal(attention(*long_decode((400, 1100)), scale=0.3)[0], alone)
 
 
 def rows_of(case, **options):

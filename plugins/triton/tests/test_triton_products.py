@@ -19,9 +19,9 @@ def values(shape, dtype="float32", *, seed=0, scale=1.0):
     return (torch.randn(shape, generator=generator) * scale).to(getattr(torch, dtype))
 
 
-def restored(weight, format):
+def restored(weight, format, fp8=torch.float8_e4m3fn):
     """Float values of a weight packed in a format, by another way than the kernels'."""
-    packed = quantized(weight, format, torch.float8_e4m3fn)
+    packed = quantized(weight, format, fp8)
     if format != "int4":
         return packed.values.float() * packed.scales[..., None]
     pairs = packed.values.unflatten(-1, (-1, 32))
@@ -54,12 +54,17 @@ def test_narrow_weights_multiply_as_what_they_stand_for(format, rows, inner, out
     assert difference(got.float().numpy(), want.double().numpy(), dtype) is None
 
 
-def test_float8_rows_times_float8_weights():
-    linear = triton_ops("sm_90")["linear"]
+@pytest.mark.parametrize(
+    ("arch", "fp8"), [("sm_90", torch.float8_e4m3fn), ("gfx942", torch.float8_e4m3fnuz)]
+)
+def test_float8_rows_times_float8_weights(arch, fp8):
+    linear = triton_ops(arch)["linear"]
     weight = values((48, 96), scale=0.1)
     x = values((5, 96), "bfloat16", seed=3)
-    got = linear(x, linear.quantize({"weight": weight}, "fp8")).float()
-    want = x.float() @ restored(weight, "fp8").T
+    packed = linear.quantize({"weight": weight}, "fp8")
+    assert packed["narrow"].values.dtype == fp8
+    got = linear(x, packed).float()
+    want = x.float() @ restored(weight, "fp8", fp8).T
     assert (got - want).square().sum() / want.square().sum() < 2e-3
 
 

@@ -30,11 +30,13 @@ MAX_SPLITS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What a layer does to its scores."""
+    """What a layer does to its scores. sinks [num_heads]; kv_scales [2, num_kv_heads] float32."""
 
     scale: float
     window: int
     softcap: float
+    sinks: Tensor | None = None
+    kv_scales: Tensor | None = None
 
 
 class Attention(ReferenceOp):
@@ -66,11 +68,21 @@ class Attention(ReferenceOp):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
-        """[T, num_heads * head_dim], 0 where a row is padding."""
+        """[T, num_heads * head_dim], 0 where a row is padding.
+
+        sinks      [num_heads]: a score of each head that takes its share of the softmax and gives
+                   nothing.
+        kv_scales  [2, num_kv_heads] float32: keys and values are kept divided by them (float8 KV).
+        """
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        write_kv(k, v, kv_layer, batch.slots)
-        rule = Rule(scale=scale, window=window or 0, softcap=softcap or 0.0)
+        write_kv(k, v, kv_layer, batch.slots, kv_scales)
+        rule = Rule(
+            scale=scale, window=window or 0, softcap=softcap or 0.0, sinks=sinks,
+            kv_scales=kv_scales,
+        )  # fmt: skip
         bucket = batch.bucket
         decode = bucket.phase == "decode" and bucket.tokens == bucket.seqs
         splits = 1
@@ -97,8 +109,9 @@ class Attention(ReferenceOp):
         out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
         self._attend(q, kv_layer, batch, rule, out=out, decode=True, parts=(parts, peaks, sums))
         kernels.merge[(tokens, heads)](
-            parts, peaks, sums, out, batch.seq_lens, splits, dim,
-            DIM=triton.next_power_of_2(dim), SPLIT=self._arch.split, MOST=MAX_SPLITS, num_warps=1,
+            parts, peaks, sums, out, batch.seq_lens, out if rule.sinks is None else rule.sinks,
+            splits, dim, DIM=triton.next_power_of_2(dim), SPLIT=self._arch.split, MOST=MAX_SPLITS,
+            SINKS=rule.sinks is not None, num_warps=1,
         )  # fmt: skip
         return out
 
@@ -127,22 +140,32 @@ class Attention(ReferenceOp):
         kernels.attend[(tiles, kv_heads, splits)](
             q, kv_layer, out, *(parts or (out, out, out)),
             batch.q_start, batch.q_lens, batch.seq_lens, batch.block_table,
+            out if rule.sinks is None else rule.sinks,
+            out if rule.kv_scales is None else rule.kv_scales,
             q.stride(0), q.stride(1), plane, block, slot, head, batch.block_table.stride(0),
             seqs, seqs.bit_length(), heads, group, dim, rule.scale, rule.softcap, rule.window,
             BLOCK_SIZE=kv_layer.shape[2], M=m, N=tile.n, TOKENS=per_tile, GROUP=padded,
             DIM=max(16, triton.next_power_of_2(dim)), DECODE=decode, SOFTCAP=rule.softcap > 0,
             WINDOW=rule.window > 0, SPLIT=0 if parts is None else self._arch.split,
-            MOST=MAX_SPLITS, num_warps=tile.warps, num_stages=tile.stages,
+            MOST=MAX_SPLITS, SINKS=rule.sinks is not None, SCALED=rule.kv_scales is not None,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
-def write_kv(k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor) -> None:
-    """k, v [T, KH, D] to their slots of kv_layer, in place; slots of block 0 are left alone."""
+def write_kv(
+    k: Tensor, v: Tensor, kv_layer: Tensor, slots: Tensor, scales: Tensor | None = None
+) -> None:
+    """k, v [T, KH, D] to their slots of kv_layer, in place, divided by scales [2, KH] if there are
+    some; slots of block 0 are left alone. Float8 saturates.
+    """
     tokens, heads, dim = k.shape
     plane, block, slot, head, _ = kv_layer.stride()
+    most = torch.finfo(kv_layer.dtype).max if kv_layer.element_size() == 1 else 0.0
     if tokens:
         kernels.write_kv[(tokens,)](
-            k, v, kv_layer, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            k, v, kv_layer, slots, k if scales is None else scales,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             plane, block, slot, head, heads, dim, BLOCK_SIZE=kv_layer.shape[2],
-            HEADS=triton.next_power_of_2(heads), DIM=triton.next_power_of_2(dim), num_warps=4,
+            HEADS=triton.next_power_of_2(heads), DIM=triton.next_power_of_2(dim),
+            SCALED=scales is not None, MOST=most, num_warps=4,
         )  # fmt: skip

@@ -4,7 +4,8 @@ The interpreter of triton 3.6 keeps bfloat16 values as their 16-bit patterns and
 patterns (sums, products, comparisons, dots), and it truncates where a device rounds. `install`
 widens bfloat16 to float32 before each operation and rounds to nearest even after it. Narrowing to
 float8 is wrong where rounding carries into the exponent (0.484 becomes 0.25): `install` has torch
-do it, and clamps as devices do. It also lets a loaded scalar be a loop bound under numpy 2.4.
+do it, clamp as devices do, and widen, and teaches it the float8 of gfx94x (e4m3fnuz), of which it
+knows the name only. It also lets a loaded scalar be a loop bound under numpy 2.4.
 
 For tests only. TRITON_INTERPRET=1 must be in the environment before triton is imported first.
 """
@@ -55,7 +56,10 @@ def _in_float32(method):
     return call
 
 
-FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+FLOAT8 = {
+    tl.float8e4nv: torch.float8_e4m3fn, tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5: torch.float8_e5m2,
+}  # fmt: skip
 
 
 def _is_f32(handle):
@@ -68,6 +72,16 @@ def _narrow_to_float8(values, dtype):
     return wide.to(dtype).view(torch.uint8).numpy().reshape(np.shape(values))
 
 
+def _widen_float8(bits, dtype):
+    raw = torch.from_numpy(np.ascontiguousarray(bits, dtype=np.uint8)).view(dtype)
+    return raw.float().numpy().reshape(np.shape(bits))
+
+
+def _wide8(handle):
+    kind = FLOAT8.get(handle.dtype.scalar)
+    return TensorHandle(_widen_float8(handle.data, kind), tl.float32) if kind else handle
+
+
 def _casts(cast, fp_to_fp):
     def cast_impl(self, source, to):
         source = _wide(source)
@@ -76,6 +90,9 @@ def _casts(cast, fp_to_fp):
         return source if source.dtype.scalar == to.scalar else cast(self, source, to)
 
     def create_fp_to_fp(self, source, to, rounding):
+        if source.dtype.scalar in FLOAT8:
+            wide = _wide8(source)
+            return wide if to.scalar == tl.float32 else create_fp_to_fp(self, wide, to, rounding)
         if to.scalar in FLOAT8:
             exact = fp_to_fp(self, source, tl.float32, None) if not _is_f32(source) else source
             return TensorHandle(_narrow_to_float8(exact.data, FLOAT8[to.scalar]), to.scalar)
@@ -92,7 +109,7 @@ def _dots(dot):
     """
 
     def create_dot(self, a, b, accumulator, *rest):
-        a, b = _wide(a), _wide(b)
+        a, b = _wide(_wide8(a)), _wide(_wide8(b))
         if not (a.dtype.scalar.is_standard_floating() and b.dtype.scalar.is_standard_floating()):
             return dot(self, a, b, accumulator, *rest)
         total = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + accumulator.data
@@ -136,6 +153,21 @@ def _indices(patch):
     return patched
 
 
+def _types(patch):
+    """`to_ir` with e4m3fnuz."""
+
+    def patched(lang, scope):
+        patch(lang, scope)
+        to_ir = lang.dtype.to_ir
+
+        def convert(self, builder):
+            return builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else to_ir(self, builder)
+
+        scope.set_attr(lang.dtype, "to_ir", convert)
+
+    return patched
+
+
 def install():
     """Put the interpreter of this process right, once."""
     if getattr(InterpreterBuilder, "put_right", False):
@@ -150,4 +182,5 @@ def install():
     reductions = interpreter.ReduceOps
     reductions.apply_impl = _reductions(reductions.apply_impl)
     interpreter._patch_lang_tensor = _indices(interpreter._patch_lang_tensor)
+    interpreter._patch_lang_core = _types(interpreter._patch_lang_core)
     InterpreterBuilder.put_right = True

@@ -51,6 +51,7 @@ class Attention(ReferenceOp):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """[T, num_heads * head_dim]; kv_layer [2, num_blocks, block_size, num_kv_heads, D]."""
         reference.write_kv(k, v, kv_layer, batch.slots)
@@ -58,7 +59,7 @@ class Attention(ReferenceOp):
         rows = torch.arange(T, device=q.device, dtype=batch.q_start.dtype)
         owner = torch.searchsorted(batch.q_start, rows, right=True).sub(1).clamp(0, S - 1)
         live = rows - batch.q_start[owner] < batch.q_lens[owner]
-        rule = reference.ScoreRule(scale=scale, window=window, softcap=softcap)
+        rule = reference.ScoreRule(scale=scale, window=window, softcap=softcap, sinks=sinks)
         attend = _by_request if S <= LOOPED_SEQS else _by_row
         out = attend(q, kv_layer, batch, owner, rule)
         return torch.where(live[:, None], out.flatten(1), 0.0).to(q.dtype)
@@ -120,15 +121,20 @@ def _attend(
     heads = q.shape[2] // keys.shape[2]
     q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
     seen = seen[:, None]
-    if rule.softcap is None:
+    if rule.softcap is None and rule.sinks is None:
         out = functional.scaled_dot_product_attention(
             q, keys, values, attn_mask=seen, scale=rule.scale, enable_gqa=heads > 1
         )
         return out.transpose(1, 2)
     keys, values = (t.repeat_interleave(heads, 1) for t in (keys, values))
     scores = torch.matmul(q, keys.transpose(2, 3)).float() * rule.scale
-    scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    p = torch.softmax(torch.where(seen, scores, -torch.inf), dim=-1).to(q.dtype)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = torch.where(seen, scores, -torch.inf)
+    if rule.sinks is not None:
+        sinks = rule.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    p = torch.softmax(scores, dim=-1)[..., : keys.shape[2]].to(q.dtype)
     return torch.matmul(p, values).transpose(1, 2)
 
 

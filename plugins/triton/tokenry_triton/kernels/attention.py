@@ -17,10 +17,14 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def write_kv(
-    k, v, kv, slots, k_row, k_head, v_row, v_head, plane, block_stride, slot_stride, head_stride,
-    heads, dim, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    k, v, kv, slots, kv_scales, k_row, k_head, v_row, v_head, plane, block_stride, slot_stride,
+    head_stride, heads, dim, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    SCALED: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """k, v [T, KH, D] to their slots; what goes to block 0, which nobody reads, stays away."""
+    """k, v [T, KH, D] to their slots; what goes to block 0, which nobody reads, stays away.
+
+    SCALED: they are divided by kv_scales [2, KH]; MOST: what a float8 holds at most, 0: no limit.
+    """
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -30,6 +34,13 @@ def write_kv(
     to = to + head * head_stride + at
     key = tl.load(k + token * k_row + head * k_head + at, mask=inside, other=0.0)
     value = tl.load(v + token * v_row + head * v_head + at, mask=inside, other=0.0)
+    if SCALED:
+        key = key.to(tl.float32) / tl.load(kv_scales + head, mask=head < heads, other=1.0)
+        value = value.to(tl.float32)
+        value = value / tl.load(kv_scales + heads + head, mask=head < heads, other=1.0)
+    if MOST > 0:  # not every device's conversion saturates
+        key = tl.clamp(key.to(tl.float32), -MOST, MOST)
+        value = tl.clamp(value.to(tl.float32), -MOST, MOST)
     tl.store(to, key.to(kv.dtype.element_ty), mask=inside)
     tl.store(to + plane, value.to(kv.dtype.element_ty), mask=inside)
 
@@ -52,6 +63,17 @@ def request_of(tile, q_start, seqs, steps, TOKENS: tl.constexpr):
 def split_length(length, SPLIT: tl.constexpr, MOST: tl.constexpr):
     """Keys of one split: SPLIT, or a multiple of it where MOST splits would not do."""
     return tl.cdiv(tl.cdiv(length, MOST), SPLIT) * SPLIT
+
+
+@triton.jit
+def with_sink(peak, mass, total, sink):
+    """One more score, a head's learned one, below which nothing lies (GPT-OSS, arXiv 2508.10925).
+
+    peak, mass, sink of one shape, in powers of 2; total [..., DIM].
+    """
+    higher = tl.maximum(peak, sink)
+    shrink = tl.exp2(peak - higher)
+    return mass * shrink + tl.exp2(sink - higher), total * tl.expand_dims(shrink, -1)
 
 
 @triton.jit
@@ -97,17 +119,38 @@ def _walk(
     return peak, mass, total
 
 
+@triton.jit
+def _keys_of(
+    first, new, length, window, N: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """The keys that TOKENS tokens see, the first of them number `first` of `new`; of this split."""
+    before = length - new + first
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(0, before - window + 1) // N * N
+    end = tl.where(first < new, tl.minimum(length, before + TOKENS), 0)
+    if SPLIT > 0:
+        share = split_length(length, SPLIT, MOST)
+        begin = tl.maximum(begin, tl.program_id(2) * share)
+        end = tl.minimum(end, (tl.program_id(2) + 1) * share)
+    return begin, end
+
+
 @triton.jit(do_not_specialize=["seqs", "steps", "table_row"])  # they change from step to step
 def attend(
-    q, kv, out, parts, peaks, sums, q_start, q_lens, seq_lens, table,
+    q, kv, out, parts, peaks, sums, q_start, q_lens, seq_lens, table, sinks, kv_scales,
     q_row, q_head, plane, block_stride, slot_stride, head_stride, table_row,
     seqs, steps, heads, group, dim, scale, softcap, window,
     BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, DECODE: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr,
+    WINDOW: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr, SINKS: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """Store out [T, heads * dim]; with SPLIT the sums, not yet divided, go to parts [T, heads,
     splits, dim], their peaks and masses to peaks and sums [T, heads, splits] instead.
+
+    SINKS: a score more for each head, sinks [heads]. SCALED: kv_scales [2, KH] widen keys, values.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -129,24 +172,20 @@ def attend(
     packed = (start + token).to(tl.int64)
     head = kv_head * group + member
     position = length - new + token
-    last = tl.minimum(length, length - new + first + TOKENS)
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(0, length - new + first - window + 1) // N * N
-    end = tl.where(first < new, last, 0)
-    if SPLIT > 0:
-        share = split_length(length, SPLIT, MOST)
-        begin = tl.maximum(begin, tl.program_id(2) * share)
-        end = tl.minimum(end, (tl.program_id(2) + 1) * share)
+    begin, end = _keys_of(first, new, length, window, N, TOKENS, WINDOW, SPLIT, MOST)
     inside = live[:, None] & (at < dim)[None, :]
     queries = tl.load(
         q + packed[:, None] * q_row + head[:, None] * q_head + at[None, :], mask=inside, other=0.0
     )
+    if SCALED:
+        scale = scale * tl.load(kv_scales + kv_head)
     peak, mass, total = _walk(
         queries, kv + kv_head.to(tl.int64) * head_stride, table + request.to(tl.int64) * table_row,
         position, live, begin, end, plane, block_stride, slot_stride, dim, scale, softcap, window,
         BLOCK_SIZE, M, N, DIM, SOFTCAP, WINDOW,
     )  # fmt: skip
+    if SCALED:
+        total = total * tl.load(kv_scales + heads // group + kv_head)
     if SPLIT > 0:
         splits = tl.num_programs(2)
         place = (packed * heads + head) * splits + tl.program_id(2)
@@ -155,6 +194,9 @@ def attend(
         tl.store(peaks + place, peak, mask=live)
         tl.store(sums + place, mass, mask=live)
     else:
+        if SINKS:
+            sink = tl.load(sinks + head, mask=member < group, other=0.0).to(tl.float32) * LOG2E
+            mass, total = with_sink(peak, mass, total, sink)
         total = total / tl.where(mass > 0, mass, 1.0)[:, None]
         if DECODE:  # the row of a padded request is written too: with 0
             inside = ((row < GROUP) & (member < group))[:, None] & (at < dim)[None, :]
@@ -164,8 +206,8 @@ def attend(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge(
-    parts, peaks, sums, out, seq_lens, splits, dim,
-    DIM: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr,
+    parts, peaks, sums, out, seq_lens, sinks, splits, dim,
+    DIM: tl.constexpr, SPLIT: tl.constexpr, MOST: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Store out [T, heads * dim] of a decode's splits, from a request's first to its last.
 
@@ -191,5 +233,8 @@ def merge(
         total = total * before + part * now
         mass = mass * before + more * now
         peak = higher
+    if SINKS:
+        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * LOG2E
+        mass, total = with_sink(peak, mass, total, sink)
     total = total / tl.where(mass > 0, mass, 1.0)
     tl.store(out + place * dim + at, total.to(out.dtype.element_ty), mask=at < dim)
