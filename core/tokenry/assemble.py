@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from tokenry.backend.contract import Caps
-from tokenry.backend.discovery import choose, discover, open_backend
+from tokenry.backend.discovery import choose, discover
+from tokenry.backend.invariance import open_device
 from tokenry.config import Change, EngineConfig, apply_changes
 from tokenry.engine.core import EngineCore
 from tokenry.engine.limits import EngineLimits
@@ -104,7 +105,7 @@ def assemble(
         index=config.device_index,
         compile_only=compile_only,
     )
-    backend = open_backend(device, config.backend_options)
+    backend = open_device(device, config.backend_options, deterministic=config.deterministic)
     if compile_only and backend.caps.graphs != "aot":
         raise ConfigError(f"The {device.backend} backend does not compile ahead of time.")
     pooling = plan_pooling(

@@ -112,6 +112,8 @@ class Caps:
     token_feedback    the next step can take its token ids from the previous one on the device.
     batch_invariant   a claim, tested if made: the bits of a row do not depend on the other rows or
                       on chunking.
+    invariant_option  where it is not claimed: the `key=value` option with which the backend, opened
+                      anew, claims it; None: it has no such mode.
     """
 
     contract: tuple[int, int] = CONTRACT
@@ -130,6 +132,7 @@ class Caps:
     dist: str | None = None
     quant: frozenset[str] = frozenset()
     batch_invariant: bool = False
+    invariant_option: str | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -67,6 +67,11 @@ class EngineConfig:
     enforce_eager: bool = option(
         "run without captured or compiled programs (not on static devices)", False
     )
+    deterministic: bool = option(
+        "the same request gives the same bits, whatever runs beside it and however its prompt is "
+        "cut; refused where the backend cannot do that, slower on some devices",
+        False,
+    )
     warmup: bool = option("execute every program once before serving", True)
     bucket_strategy: Literal["auto", "exponential", "linear", "padding-aware"] = option(
         "how the sizes of compiled or captured programs are spaced; auto: as the bucket file says, "

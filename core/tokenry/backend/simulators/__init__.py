@@ -1,8 +1,9 @@
 """Simulated devices, so that the core is kept honest where no accelerator is.
 
-In: a DeviceRef and options (`memory=BYTES`). Out: a Backend that computes with the reference ops in
-host memory but is as strict as the kind of device it is named after. Importing this module imports
-no torch.
+In: a DeviceRef and options: `memory=BYTES`; `oom_at=N,...` and `lost_at=N`, launches that fail (see
+faults.py); `deterministic=true` for sim-cuda (see rowwise.py). Out: a Backend that computes with
+the reference ops in host memory but is as strict as the kind of device it is named after. Importing
+this module imports no torch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ DEFAULT_MEMORY = "1073741824"
 def open_simulator(device: DeviceRef, options: Mapping[str, str]) -> Backend:
     """The simulator of that name."""
     from tokenry.backend.simulators.capture import SimCapture
+    from tokenry.backend.simulators.device import SimulatedDevice
+    from tokenry.backend.simulators.faults import Faults
     from tokenry.backend.simulators.opaque import SimOpaque
     from tokenry.backend.simulators.static import SimBaked, SimTotal
     from tokenry.backend.simulators.whole import SimWhole
@@ -38,11 +41,19 @@ def open_simulator(device: DeviceRef, options: Mapping[str, str]) -> Backend:
     memory = options.get("memory", DEFAULT_MEMORY)
     if not memory.isdecimal():
         raise ConfigError(f"--backend-option memory={memory}: not a number of bytes.")
-    kinds: Mapping[str, type[SimCapture | SimTotal | SimBaked | SimOpaque]] = {
-        "sim-cuda": SimCapture,
+    kinds: Mapping[str, type[SimTotal | SimBaked | SimOpaque]] = {
         "sim-hpu": SimTotal,
         "sim-neuron": SimBaked,
         "sim-whole": SimWhole,
         "sim-opaque": SimOpaque,
     }
-    return kinds[device.backend](int(memory))
+    backend: SimulatedDevice
+    if device.backend == "sim-cuda":
+        chosen = options.get("deterministic", "false")
+        if chosen not in ("false", "true"):
+            raise ConfigError(f"--backend-option deterministic={chosen}: false or true.")
+        backend = SimCapture(int(memory), deterministic=chosen == "true")
+    else:
+        backend = kinds[device.backend](int(memory))
+    backend.faults = Faults.parse(options)
+    return backend

@@ -7,22 +7,37 @@ runs, KV that was freed since.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import Tensor
 
-from tokenry.backend.base import KV, Program, StepBatch
+from tokenry.backend.base import KV, Op, Program, StepBatch
 from tokenry.backend.contract import Caps, KVSpec
 from tokenry.backend.simulators.device import NoHostReads, SimulatedDevice, map_tensors, tensors_of
+from tokenry.backend.simulators.rowwise import rowwise_ops
 from tokenry.errors import BackendError
 
 
 class SimCapture(SimulatedDevice):
     """Capture and replay."""
 
-    caps = Caps(dtypes=("float32", "bfloat16", "float16"), block_sizes=(16, 32), graphs="capture")
+    caps = Caps(
+        dtypes=("float32", "bfloat16", "float16"),
+        block_sizes=(16, 32),
+        graphs="capture",
+        invariant_option="deterministic=true",
+    )
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, *, deterministic: bool = False) -> None:
         super().__init__(memory_bytes)
         self._recording = False
+        if deterministic:
+            self.caps = replace(self.caps, batch_invariant=True)
+
+    def ops(self) -> Mapping[str, Op]:
+        """The reference ops; in the deterministic mode row by row."""
+        return rowwise_ops() if self.caps.batch_invariant else {}
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
         """As any device, but never inside a recording."""

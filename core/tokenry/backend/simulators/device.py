@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from tokenry.backend.base import KV, Backend, ModelSpec, StepBatch, StepFn, WeightIter
 from tokenry.backend.contract import KVSpec, MemoryInfo
 from tokenry.backend.ops import OpTable
+from tokenry.backend.simulators.faults import Faults
 from tokenry.errors import BackendError, DeviceOOM
 
 BATCH_TENSORS = (
@@ -71,9 +72,12 @@ class NoHostReads(TorchFunctionMode):
 
 
 class SimulatedDevice(Backend):
-    """Counts its memory and its programs. `live_kv` maps a number per KV tensor to its bytes."""
+    """Counts its memory and its programs. `live_kv` maps a number per KV tensor to its bytes,
+    `faults` says what goes wrong in service.
+    """
 
     def __init__(self, memory_bytes: int) -> None:
+        self.faults = Faults()
         self._total = memory_bytes
         self._weights = 0
         self._compiles = 0
@@ -109,6 +113,7 @@ class SimulatedDevice(Backend):
         step = spec.torch_step(self._counted(weights), ops, self.caps)
 
         def guarded(batch: StepBatch, kv: KV) -> Tensor:
+            self.faults.meet(batch)
             with NoHostReads():
                 return step(batch, kv)
 

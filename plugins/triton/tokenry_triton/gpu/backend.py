@@ -71,6 +71,7 @@ class GpuBackend(Backend):
             shapes=ShapeRules(mixed_tokens=options.graph_tokens),
             quant=QUANT if quantizes else frozenset(),
             batch_invariant=options.deterministic == "true",
+            invariant_option="deterministic=true",
             graphs="none" if options.graphs == "none" else "capture",
             # nccl is torch's name for RCCL, too; builds without it (Windows) have gloo
             dist="nccl" if torch.distributed.is_nccl_available() else "gloo",
