@@ -109,21 +109,14 @@ def _line(number: int, raw: bytes, urls: Sequence[str]) -> Line:
     return Line(number=number, custom_id=custom_id, url=url, body=body)
 
 
-async def answer_line(
-    app: ASGIApp, line: Line, *, model: str | None = None, priority: int | None = None
-) -> Result:
-    """The route's answer.
-
-    model     for lines that name none.
-    priority  for lines that bring none, where the queue knows priorities.
-    """
+async def answer_line(app: ASGIApp, line: Line, *, model: str | None = None) -> Result:
+    """The route's answer; `model` is for lines that name none."""
     body = dict(line.body)
     if body.get("stream"):
         error = RequestError("A line of a batch cannot stream.", param="stream")
         return Result(custom_id=line.custom_id, status=400, body=error_object(error))
-    for name, value in (("model", model), ("priority", priority)):
-        if value is not None and body.get(name) is None:
-            body[name] = value
+    if model is not None and body.get("model") is None:
+        body["model"] = model
     data = msgspec.json.encode(body)
     while True:
         status, answer = await _ask(app, line.url, data)

@@ -32,11 +32,9 @@ from tokenry.errors import RequestError
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 """Routes that a batch may ask, where they are served."""
 LIVE_SHARE = 0.5
-"""Lines start only while less than this share of a step's requests is taken, so that a live request
-always finds room beside them.
+"""Lines start only while less than this share of a step's requests is taken: those that run would
+be preempted for live ones anyway, and what they computed is lost then.
 """
-LAST = 1000
-"""Priority of a batch's requests, where the queue knows priorities."""
 
 
 class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,8 +55,8 @@ class Filler:
 
     async def answer(self, line: Line, owner: str | None) -> Result:
         """The answer to a line of this owner's batch. Runs in a task of its own."""
-        CALLER.set(Caller(on_behalf_of=owner))
-        return await answer_line(self._app, line, priority=self._priority())
+        CALLER.set(Caller(on_behalf_of=owner, filler=True))
+        return await answer_line(self._app, line)
 
     def has_room(self) -> bool:
         """Whether nobody waits, and less than LIVE_SHARE of every engine is taken."""
@@ -70,10 +68,6 @@ class Filler:
             if engine.num_completions >= most or engine.latest_stats.num_waiting > 0:
                 return False
         return True
-
-    def _priority(self) -> int | None:
-        ready = [m.service.engine.ready for m in self._fleet if m.service.engine.is_ready]
-        return LAST if ready and all(r.limits.priorities for r in ready) else None
 
 
 async def create(request: Request) -> Response:

@@ -35,6 +35,7 @@ class Caller:
     account      of its key; None where no key is asked for.
     targets      from its headers, else from its key.
     on_behalf_of   whose batch the line is that is answered here; no client sent it.
+    filler       it is such a line: its requests run on what live ones leave.
     """
 
     request_id: str = ""
@@ -42,6 +43,7 @@ class Caller:
     account: Account | None = None
     targets: Targets = field(default_factory=Targets)
     on_behalf_of: str | None = None
+    filler: bool = False
 
     @property
     def owner(self) -> str | None:

@@ -96,6 +96,7 @@ class Run:
                     prompt=prompt.text,
                     kind=kind,
                     priority=priority,
+                    filler=self._caller.filler,
                     cache_salt=cache_salt,
                     param=prompt.param,
                     pooling=prompt.pooling,

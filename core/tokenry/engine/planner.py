@@ -62,10 +62,14 @@ class Planner:
         running = self._roster.running
         budget = min(self._policy.begin(running, now_s), self.retreat.tokens)
         order, num_first = self._policy.order(running)
+        num_preempted = self._roster.counters.preemptions
         budget, preempted = self._plan_running(planned, new, order, range(num_first), budget)
         if not preempted:
-            budget = self._plan_waiting(planned, new, budget)
-            self._plan_running(planned, new, order, range(num_first, len(order)), budget)
+            budget = self._plan_waiting(planned, new, budget, fillers=False)
+            rest = range(num_first, len(order))
+            budget, _ = self._plan_running(planned, new, order, rest, budget)
+        if self._roster.counters.preemptions == num_preempted:  # nobody is let in where it was sent
+            self._plan_waiting(planned, new, budget, fillers=True)
         return planned, new
 
     def _plan_running(
@@ -76,7 +80,9 @@ class Planner:
         span: range,
         budget: int,
     ) -> tuple[int, bool]:
-        """Rows for `order[span]`; gives what is left of the budget, and if one was preempted."""
+        """Rows for `order[span]`; gives what is left of the budget, and if one that is no
+        filler was preempted.
+        """
         preempted = False
         for i in span:
             request = order[i]
@@ -91,7 +97,7 @@ class Planner:
             block_ids = self._grow(request, num_new)
             while block_ids is None and (victim := last_running(order, i)) is not None:
                 self._roster.preempt(victim)
-                preempted = True
+                preempted = preempted or not victim.filler
                 block_ids = self._grow(request, num_new)
             if block_ids is None:
                 # nobody is less urgent: it gives up its own blocks, or nobody else holds any and it
@@ -110,37 +116,41 @@ class Planner:
             budget -= num_new
         return budget, preempted
 
-    def _plan_waiting(self, planned: list[Planned], new: list[NewRequest], budget: int) -> int:
-        """Admit from the queue while sequences, tokens and blocks last; nobody overtakes, and
-        fillers that run make room for the others. Gives what is left of the budget.
+    def _plan_waiting(
+        self, planned: list[Planned], new: list[NewRequest], budget: int, *, fillers: bool
+    ) -> int:
+        """Admit from the queue while sequences, tokens and blocks last: the fillers, or those
+        before them, for whom fillers that run make room. Nobody overtakes. Gives what is left of
+        the budget.
         """
-        reserved, yielded = self._num_reserved(), False
+        waiting, reserved = self._roster.waiting, None
         while budget > 0 and len(planned) < self.retreat.rows:
-            request = self._roster.waiting.head()
-            if request is None or request.num_pending:
+            request = waiting.head()
+            if request is None or request.filler is not fillers:
+                break
+            if request.num_pending:
                 break  # preempted with a token in flight: the runner must be told all tokens
-            if request.filler and yielded:
-                break  # it may be the one that yielded: it comes back in a later step
             needed = self.blocks.num_blocks_for(len(request.tokens))
             if needed > self.blocks.num_usable:
                 refusal = too_large(self.blocks, len(request.tokens))
                 self._refuse(request, refusal)
                 continue
             if len(self._roster.running) >= self.limits.max_num_seqs:
-                if not self._make_room(request, planned, num_missing=0):
+                if not self._make_room(request, num_missing=0):
                     break
-                reserved, yielded = self._num_reserved(), True
+                reserved = None
             prefix, hashes = find_prefix(self.blocks, request, pools_whole=self.limits.pools_whole)
             num_cached = len(prefix) * self.limits.block_size
             num_new = len(request.tokens) - num_cached
             if num_new > budget and not self.limits.chunked_prefill:
                 assert planned, "limits: a whole request fits an empty step"
                 break
+            reserved = self._num_reserved() if reserved is None else reserved
             missing = needed - len(prefix) + reserved - self.blocks.num_takable_after(prefix)
             if missing > 0:
-                if not self._make_room(request, planned, num_missing=missing):
+                if not self._make_room(request, num_missing=missing):
                     break
-                reserved, yielded = self._num_reserved(), True
+                reserved = None
                 continue
             num_new = min(num_new, budget)
             self._roster.admit(request, prefix, hashes, num_cached)
@@ -159,11 +169,10 @@ class Planner:
             for r in self._roster.running
         )
 
-    def _make_room(self, request: Request, planned: list[Planned], *, num_missing: int) -> bool:
+    def _make_room(self, request: Request, *, num_missing: int) -> bool:
         """Whether a filler gave up its place for the request, which is short of so many blocks."""
-        in_step = {p.request for p in planned}
         yielding = who_yields(
-            self._roster.running, request, in_step, num_missing, self.blocks.num_blocks_for
+            self._roster.running, request, num_missing, self.blocks.num_blocks_for
         )
         if yielding is not None:
             self._roster.preempt(yielding)

@@ -69,9 +69,7 @@ class Scheduler:
             raise RequestError(f"Request id {message.request_id!r} is in use.", param="request_id")
         check_length(num_prompt, message.params.max_tokens, limits.max_model_len)
         self._arrivals += 1
-        urgency = self._policy.urgency(
-            message.priority, self.counters.steps, filler=message.filler
-        )
+        urgency = self._policy.urgency(message.priority, self.counters.steps, filler=message.filler)
         group = BeamGroup.of(message, limits.max_model_len) if message.params.beam_width else None
         request = Request.from_message(
             message if group is None else group.first,
