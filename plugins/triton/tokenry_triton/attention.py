@@ -18,8 +18,9 @@ from torch import Tensor
 from tokenry.backend.base import StepBatch
 from tokenry.backend.reference import ReferenceOp
 from tokenry_triton.kernels import attention as kernels
-from tokenry_triton.launch import Arch
+from tokenry_triton.launch import Arch, Tile
 from tokenry_triton.rows import fits_dtype
+from tokenry_triton.tune import Tuner
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -46,9 +47,12 @@ class Attention(ReferenceOp):
     on the other rows nor on chunking; long decodes of few requests are slower for it.
     """
 
-    def __init__(self, arch: Arch, *, deterministic: bool = False) -> None:
+    def __init__(
+        self, arch: Arch, *, deterministic: bool = False, tuner: Tuner | None = None
+    ) -> None:
         self._arch = arch
         self._deterministic = deterministic
+        self._tuner = tuner
 
     def supports(self, **meta: Any) -> bool:
         """Head dims up to 256, up to 64 query heads for one KV head."""
@@ -132,24 +136,33 @@ class Attention(ReferenceOp):
         group = heads // kv_heads
         padded = triton.next_power_of_2(group)
         tile = self._arch.attention(head_dim=dim, decode=decode or self._deterministic)
-        m = max(tile.m, padded)
-        per_tile = 1 if decode else m // padded
-        tiles = seqs if decode else triton.cdiv(tokens, per_tile) + seqs
         plane, block, slot, head, _ = kv_layer.stride()
         splits = 1 if parts is None else parts[1].shape[2]
-        kernels.attend[(tiles, kv_heads, splits)](
-            q, kv_layer, out, *(parts or (out, out, out)),
-            batch.q_start, batch.q_lens, batch.seq_lens, batch.block_table,
-            out if rule.sinks is None else rule.sinks,
-            out if rule.kv_scales is None else rule.kv_scales,
-            q.stride(0), q.stride(1), plane, block, slot, head, batch.block_table.stride(0),
-            seqs, seqs.bit_length(), heads, group, dim, rule.scale, rule.softcap, rule.window,
-            BLOCK_SIZE=kv_layer.shape[2], M=m, N=tile.n, TOKENS=per_tile, GROUP=padded,
-            DIM=max(16, triton.next_power_of_2(dim)), DECODE=decode, SOFTCAP=rule.softcap > 0,
-            WINDOW=rule.window > 0, SPLIT=0 if parts is None else self._arch.split,
-            MOST=MAX_SPLITS, SINKS=rule.sinks is not None, SCALED=rule.kv_scales is not None,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+
+        def launch(tile: Tile) -> None:
+            m = max(tile.m, padded)
+            per_tile = 1 if decode else m // padded
+            tiles = seqs if decode else triton.cdiv(tokens, per_tile) + seqs
+            kernels.attend[(tiles, kv_heads, splits)](
+                q, kv_layer, out, *(parts or (out, out, out)),
+                batch.q_start, batch.q_lens, batch.seq_lens, batch.block_table,
+                out if rule.sinks is None else rule.sinks,
+                out if rule.kv_scales is None else rule.kv_scales,
+                q.stride(0), q.stride(1), plane, block, slot, head, batch.block_table.stride(0),
+                seqs, seqs.bit_length(), heads, group, dim, rule.scale, rule.softcap, rule.window,
+                BLOCK_SIZE=kv_layer.shape[2], M=m, N=tile.n, TOKENS=per_tile, GROUP=padded,
+                DIM=max(16, triton.next_power_of_2(dim)), DECODE=decode, SOFTCAP=rule.softcap > 0,
+                WINDOW=rule.window > 0, SPLIT=0 if parts is None else self._arch.split,
+                MOST=MAX_SPLITS, SINKS=rule.sinks is not None, SCALED=rule.kv_scales is not None,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        if self._tuner is not None:
+            # one tile for all widths of a table: a split's keys are a multiple of any tile's
+            shape = f"{dim} of {group} {q.dtype} {kv_layer.dtype} block {kv_layer.shape[2]}"
+            kind = "decode" if decode else "prefill"
+            tile = self._tuner.pick(kind, shape, tile, launch, axes="nws" if decode else "nmws")
+        launch(tile)
 
 
 def write_kv(

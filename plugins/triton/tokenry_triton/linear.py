@@ -21,6 +21,7 @@ from tokenry_triton.kernels import products as kernels
 from tokenry_triton.launch import Arch, Tile
 from tokenry_triton.quantize import Weight, dense, quantized
 from tokenry_triton.rows import fits_dtype
+from tokenry_triton.tune import Tuner
 
 QUANT = frozenset({"int8", "int4", "fp8"})
 FEW_ROWS = 16
@@ -33,6 +34,11 @@ def tile_for(arch: Arch, rows: int, *, deterministic: bool, dtype: torch.dtype) 
     if dtype != torch.float32:
         return tile
     return Tile(m=tile.m, n=min(64, tile.n), k=max(64, tile.k // 2), warps=tile.warps, stages=2)
+
+
+def bucket_of(rows: int) -> int:
+    """Rows as a tile's choice sees them: the next power of two, at least FEW_ROWS."""
+    return max(FEW_ROWS, int(triton.next_power_of_2(rows)))
 
 
 def narrowed(weight: Tensor, format: str, arch: Arch) -> Weight:
@@ -51,9 +57,12 @@ class Linear(ReferenceOp):
     (activations too, a scale a row).
     """
 
-    def __init__(self, arch: Arch, *, deterministic: bool = False) -> None:
+    def __init__(
+        self, arch: Arch, *, deterministic: bool = False, tuner: Tuner | None = None
+    ) -> None:
         self._arch = arch
         self._deterministic = deterministic
+        self._tuner = tuner
 
     def supports(self, **meta: Any) -> bool:
         """The three dtypes."""
@@ -84,13 +93,21 @@ class Linear(ReferenceOp):
         scale = narrow.scales
         if fp8_rows:
             x, scale = scaled_rows(x, narrow.values.dtype)
-        if rows:
+        if not rows:
+            return y
+
+        def launch(tile: Tile) -> None:
             kernels.linear[(triton.cdiv(outputs, tile.n), triton.cdiv(rows, tile.m))](
                 x, narrow.values, narrow.scales, narrow.scales if bias is None else bias, scale, y,
                 x.stride(0), rows, outputs, narrow.size, narrow.stride, narrow.group,
                 FORMAT=narrow.format, FP8_ROWS=fp8_rows, BIAS=bias is not None,
                 M=tile.m, N=tile.n, K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
+
+        if self._tuner is not None:
+            shape = f"{narrow.format} {bucket_of(rows)}x{outputs}x{narrow.size} {x.dtype}"
+            tile = self._tuner.pick("linear", shape, tile, launch)
+        launch(tile)
         return y
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from tokenry.backend.reference import ReferenceOp
 from tokenry_triton.kernels import products as kernels
 from tokenry_triton.launch import Arch, Tile
-from tokenry_triton.linear import narrowed, tile_for
+from tokenry_triton.linear import bucket_of, narrowed, tile_for
 from tokenry_triton.quantize import Weight, dense
 from tokenry_triton.rows import KINDS, fits_dtype
+from tokenry_triton.tune import Launch, Tuner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +39,12 @@ class Routes:
 class Moe(ReferenceOp):
     """Mixture of experts as a grouped product; each row's sum starts with its likeliest expert."""
 
-    def __init__(self, arch: Arch, *, deterministic: bool = False) -> None:
+    def __init__(
+        self, arch: Arch, *, deterministic: bool = False, tuner: Tuner | None = None
+    ) -> None:
         self._arch = arch
         self._deterministic = deterministic
+        self._tuner = tuner
 
     def supports(self, **meta: Any) -> bool:
         """The three activations."""
@@ -86,27 +90,48 @@ class Moe(ReferenceOp):
         """[T * top_k, I], by expert."""
         inner, slots = w.values.shape[1] // 2, x.shape[0] * routes.chosen
         hidden = torch.empty((slots, inner), dtype=x.dtype, device=x.device)
-        n = max(16, tile.n // 2)  # it holds two sums
-        kernels.expert_up[(triton.cdiv(inner, n), triton.cdiv(slots, tile.m) + routes.experts)](
-            x, w.values, w.scales, routes.order, routes.starts, hidden, x.stride(0),
-            routes.experts, routes.experts.bit_length(), routes.chosen, inner, w.size, w.stride,
-            w.group, KIND=kind, FORMAT=w.format, M=tile.m, N=n, K=tile.k,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+
+        def launch(tile: Tile) -> None:
+            n = max(16, tile.n // 2)  # it holds two sums
+            tiles = triton.cdiv(slots, tile.m) + routes.experts
+            kernels.expert_up[(triton.cdiv(inner, n), tiles)](
+                x, w.values, w.scales, routes.order, routes.starts, hidden, x.stride(0),
+                routes.experts, routes.experts.bit_length(), routes.chosen, inner, w.size,
+                w.stride, w.group, KIND=kind, FORMAT=w.format, M=tile.m, N=n, K=tile.k,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        self._launch("up", w, routes, tile, hidden, launch)
         return hidden
 
     def _down(self, hidden: Tensor, w: Weight, routes: Routes, tile: Tile) -> Tensor:
         """[T * top_k, E] float32, by slot."""
         slots, outputs = hidden.shape[0], w.values.shape[1]
         parts = torch.empty((slots, outputs), dtype=torch.float32, device=hidden.device)
-        tiles = triton.cdiv(slots, tile.m) + routes.experts
-        kernels.expert_down[(triton.cdiv(outputs, tile.n), tiles)](
-            hidden, w.values, w.scales, routes.order, routes.starts, routes.gates, parts,
-            routes.experts, routes.experts.bit_length(), outputs, w.size, w.stride, w.group,
-            FORMAT=w.format, M=tile.m, N=tile.n, K=tile.k,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+
+        def launch(tile: Tile) -> None:
+            tiles = triton.cdiv(slots, tile.m) + routes.experts
+            kernels.expert_down[(triton.cdiv(outputs, tile.n), tiles)](
+                hidden, w.values, w.scales, routes.order, routes.starts, routes.gates, parts,
+                routes.experts, routes.experts.bit_length(), outputs, w.size, w.stride, w.group,
+                FORMAT=w.format, M=tile.m, N=tile.n, K=tile.k,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+        self._launch("down", w, routes, tile, hidden, launch)
         return parts
+
+    def _launch(
+        self, name: str, w: Weight, routes: Routes, tile: Tile, hidden: Tensor, launch: Launch
+    ) -> None:
+        """With the table's tile, or the tuner's."""
+        if self._tuner is not None:
+            fair = bucket_of(triton.cdiv(hidden.shape[0], routes.experts))
+            sizes = f"{routes.experts}x{fair}x{w.values.shape[1]}x{w.size}"
+            tile = self._tuner.pick(
+                f"moe {name}", f"{w.format} {sizes} {hidden.dtype}", tile, launch
+            )
+        launch(tile)
 
 
 def route(router_logits: Tensor, top_k: int, renormalize: bool) -> Routes:

@@ -253,6 +253,7 @@ class SignedAttention(Attention):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """As `base.Op`."""
         plain = replace(
@@ -261,5 +262,5 @@ class SignedAttention(Attention):
             slots=batch.extra["signed_slots"].clamp_min(0),
         )
         return super().__call__(
-            q, k, v, kv_layer, plain, scale=scale, window=window, softcap=softcap
+            q, k, v, kv_layer, plain, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
