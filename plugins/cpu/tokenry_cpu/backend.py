@@ -116,6 +116,7 @@ class CpuBackend(Backend):
         self._ops: Mapping[str, Any] = self._kernels.ops()
         self._int8_kv = options.kv == "int8"
         self._pack_cache = options.pack_cache
+        self._planning = False
         if self._kernels is torch_ops and (self._int8_kv or self._pack_cache):
             named = "kv=int8" if self._int8_kv else "pack_cache"
             raise ConfigError(
@@ -164,7 +165,11 @@ class CpuBackend(Backend):
         """
         before = self.memory().used
         reset = probe is not None and reset_peak(self._root)
-        plan = super().plan_kv(spec, budget, probe)
+        self._planning = True
+        try:
+            plan = super().plan_kv(spec, budget, probe)
+        finally:
+            self._planning = False
         if not reset and not self._int8_kv:
             return plan
         activations = plan.ledger["activations"]
@@ -212,7 +217,7 @@ class CpuBackend(Backend):
         linear.cache = None
         if cache is not None:
             cache.report()
-        return recorded(step)
+        return recorded(step, lambda: self._planning)
 
 
 def in_float32(spec: ModelSpec) -> ModelSpec | None:

@@ -14,7 +14,7 @@ logits.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_void_p
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from tokenry.backend.base import KV, StepBatch, StepFn
 from tokenry.backend.contract import Bucket
 from tokenry_cpu import native
 from tokenry_cpu.abi import Buffer, Instruction, Operand, ProgramCall, StepCall
+from tokenry_cpu.rehearsal import Rehearsal
 
 EMBED, ADD, MUL, DIV, TANH, GATHER, LINEAR, RMS_NORM, ROPE, ACT_MUL, ATTEND = range(11)
 TOKENS, REQUESTS = 5, 2
@@ -226,6 +227,18 @@ class Program:
 
     def __call__(self, batch: StepBatch, kv: KV) -> Tensor:
         """The step: logits [R, vocab]."""
+        return self._run(self._call, batch, kv)
+
+    def rehearse(self, batch: StepBatch, kv: KV) -> Tensor:
+        """Logits of the step's shape that mean nothing; the step's memory was held meanwhile."""
+        need = max(batch.token_ids.shape[0], batch.logit_rows.shape[0]) * self._arena_width
+        if self._arena.numel() < need:
+            self._arena = torch.empty(need)
+        self._arena[:need].zero_()
+        rehearsal = Rehearsal(self._noted, self._instructions, self._buffers)
+        return self._run(rehearsal.call, batch, kv).zero_()
+
+    def _run(self, call: ProgramCall, batch: StepBatch, kv: KV) -> Tensor:
         tokens, rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         share = max(tokens, rows)
         need = share * self._arena_width
@@ -254,7 +267,7 @@ class Program:
             self._arena.data_ptr(),
             out.data_ptr(),
         )
-        native.run(self._call, step)
+        native.run(call, step)
         return out
 
 
@@ -311,9 +324,11 @@ def _place(
 # ---- from a step function to its program -------------------------------------------------------
 
 
-def recorded(step: StepFn) -> StepFn:
+def recorded(step: StepFn, planning: Callable[[], bool] = lambda: False) -> StepFn:
     """The step as a program, recorded at its first call; as it is where that cannot be. A program
     has all that it needs of the step, which is let go with its copy of the embeddings.
+
+    planning: whether a call only has to hold a step's memory; asked at each call.
     """
     state = [step]
     del step
@@ -324,7 +339,10 @@ def recorded(step: StepFn) -> StepFn:
         if fresh:
             fresh = False
             state[0] = _record(state[0], batch, kv) or state[0]
-        return state[0](batch, kv)
+        made = state[0]
+        if planning() and isinstance(made, Program):
+            return made.rehearse(batch, kv)
+        return made(batch, kv)
 
     return run
 
