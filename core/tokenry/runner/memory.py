@@ -8,12 +8,12 @@ flag that helps. No tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tokenry.backend.base import Backend
 from tokenry.backend.contract import KVPlan, KVSpec, MemoryInfo
-from tokenry.errors import KVCacheTooSmall
+from tokenry.errors import ConfigError, KVCacheTooSmall
 
 GIB = 2**30
 MIB = 2**20
@@ -144,3 +144,15 @@ def _too_small(
         f"({max(0, num_blocks - 1)} blocks of {spec.block_size} tokens).",
         mend=", or ".join(mends),
     )
+
+
+def pick_block_size(wanted: int | None, sizes: Sequence[int]) -> int:
+    """Tokens of a block: what is wanted, or the backend's first. Raises ConfigError."""
+    if wanted is None:
+        return sizes[0]
+    if wanted not in sizes:
+        raise ConfigError(
+            f"--block-size {wanted}: this backend has {', '.join(map(str, sizes))}.",
+            mend=f"--block-size {sizes[0]}",
+        )
+    return wanted

@@ -22,11 +22,18 @@ from torch import Tensor
 from tokenry.backend.base import Backend, ModelSpec, StepBatch, WeightIter
 from tokenry.backend.contract import Bucket, HostBatch, KVSpec
 from tokenry.backend.ops import OpTable
-from tokenry.errors import ConfigError, Refusal, RequestError
+from tokenry.errors import Refusal, RequestError
 from tokenry.plan import NewRequest, Row, StepPlan, StepResult
 from tokenry.runner.bucket_grid import deviations, make_buckets, maxima
 from tokenry.runner.buckets import BucketSettings, BucketTable, exact, need_of
-from tokenry.runner.memory import MemoryLimits, MemoryPlan, plan_memory, with_programs
+from tokenry.runner.memory import (
+    MemoryLimits,
+    MemoryPlan,
+    pick_block_size,
+    plan_memory,
+    with_programs,
+)
+from tokenry.runner.oom import typed_oom
 from tokenry.runner.pack import blank_batch, pack, table_width, to_device
 from tokenry.runner.pooling import Pooler
 from tokenry.runner.probe import run_deep_steps
@@ -105,7 +112,7 @@ class ModelRunner:
         progress("loading weights", 0.0)
         used_before = backend.memory().used
         self._step = backend.build_model(spec, weights, self._ops)
-        self.block_size = self._pick_block_size(config.block_size)
+        self.block_size = pick_block_size(config.block_size, self._caps.block_sizes)
         self._kv_spec = KVSpec(
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
@@ -144,17 +151,6 @@ class ModelRunner:
     def compile_count(self) -> int:
         """The backend's own count of programs made."""
         return self._backend.compile_count()
-
-    def _pick_block_size(self, wanted: int | None) -> int:
-        sizes = self._caps.block_sizes
-        if wanted is None:
-            return sizes[0]
-        if wanted not in sizes:
-            raise ConfigError(
-                f"--block-size {wanted}: this backend has {', '.join(map(str, sizes))}.",
-                mend=f"--block-size {sizes[0]}",
-            )
-        return wanted
 
     def _extent_of(self, config: RunnerConfig, max_model_len: int, num_blocks: int) -> Extent:
         limits = config.memory
@@ -236,6 +232,7 @@ class ModelRunner:
 
     # ---- a step ------------------------------------------------------------------------------
 
+    @typed_oom
     def run(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Launch the step; see plan.StepRunner."""
         with torch.inference_mode():

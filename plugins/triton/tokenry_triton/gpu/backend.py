@@ -59,6 +59,7 @@ class GpuBackend(Backend):
         self._index = gpu.index
         self._options = options
         self._captures = Captures(gpu.index)
+        self._side: Any = torch.cuda.Stream(gpu.index)  # type: ignore[no-untyped-call]  # torch's
         self._ops = pick_ops(gpu, options)
         quantizes = hasattr(self._ops["linear"], "quantize") and hasattr(
             self._ops["moe"], "quantize"
@@ -87,8 +88,8 @@ class GpuBackend(Backend):
             torch.cuda.synchronize(self._index)
 
     def fetch(self, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
-        """One copy for all of them, into pinned memory, behind what was launched so far; what is
-        launched later is not waited for.
+        """One copy for all of them, into pinned memory, on a stream of its own: behind what was
+        launched so far, beside what is launched later, which does not wait for it.
         """
         kinds = [(tuple(t.shape), t.dtype, t.nbytes) for t in tensors]
         parts = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors if t.numel()]
@@ -96,13 +97,17 @@ class GpuBackend(Backend):
             flat = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
             # pinned memory comes from torch's cache, which gives it away again only after the copy
             host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)
-            host.copy_(flat, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-            done.record(torch.cuda.current_stream(self._index))
+            self._side.wait_stream(torch.cuda.current_stream(self._index))
+            with torch.cuda.stream(self._side):
+                host.copy_(flat, non_blocking=True)
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+                done.record(self._side)
+        source = [flat]  # until it is copied, nobody else gets its memory
 
         def wait() -> list[NDArray[Any]]:
             with typed_errors("a step", self._index):
                 done.synchronize()
+            source.clear()
             return _arrays(host.numpy(), kinds)
 
         return wait

@@ -6,6 +6,7 @@ errors in the core's words. Knows no tensors and no models.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,12 +35,15 @@ def read_memory(index: int) -> MemoryInfo:
 
 @contextmanager
 def typed_errors(what: str, index: int, mend: str = MEND) -> Iterator[None]:
-    """Raises DeviceOOM where the device had no memory for `what` (it stays usable), DeviceLost
-    where its context is beyond use: every later call would fail in the same way.
+    """Raises DeviceOOM where the device had no memory for `what` (it stays usable, and what torch
+    keeps of its memory unused is given back), DeviceLost where its context is beyond use: every
+    later call would fail in the same way.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of what did not fit
+        torch.cuda.empty_cache()
         free = read_memory(index).free
         raise DeviceOOM(
             f"No memory for {what} on cuda:{index}, {free / GIB:.2f} GiB is free: "
