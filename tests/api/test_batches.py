@@ -1,6 +1,7 @@
 """Files and batches: they survive a kill, a full disk loses nothing, live requests go first."""
 
 import json
+import re
 import resource
 import time
 
@@ -224,6 +225,34 @@ def test_batches_wait_while_live_requests_take_half_of_the_engine(start_toy, tmp
             assert batch.request_counts.completed == 0
         batch = until(client, batch, ended)
         assert batch.request_counts.completed == 5
+    assert server.close() == 0
+
+
+@pytest.mark.slow
+def test_a_line_that_runs_gives_up_its_blocks_for_a_live_request(start_toy, tmp_path):
+    options = {"data_dir": str(tmp_path), "batch_concurrency": 2}
+    server = start_toy(options, TOY_STEP_S="0.004").wait_ready()
+    live = {"prompt": list(range(300, 600)), "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    with client_of(server) as client:
+        requests = lines(2, max_tokens=500, temperature=0, prompt=[300, 301, 302])
+        alone = server.http.post("/v1/completions", json=requests[0]["body"]).json()
+        batch = start_batch(client, requests)  # 63 blocks in the end, of 64
+        until(client, batch, lambda b: b.status == "in_progress")
+        while client.batches.retrieve(batch.id).status == "in_progress":
+            assert server.http.post("/v1/completions", json=live).status_code == 200
+            # as the lines grow, at last there is no room for it beside them
+        batch = until(client, batch, ended)
+        assert batch.request_counts.completed == 2
+        for line in answers(client, batch.output_file_id):
+            assert line["response"]["body"]["choices"][0]["text"] == alone["choices"][0]["text"]
+    for _ in range(300):  # counts come once a second
+        counts = re.findall(r"num_preemptions_total{.*} (\S+)", server.http.get("/metrics").text)
+        if any(map(float, counts)):
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("no line was preempted")
+    assert server.http.get("/health/integrity").json() == {"ok": True}
     assert server.close() == 0
 
 
