@@ -155,6 +155,68 @@ simdevice.report({"want": want, "got": got, "failed": failed})
     assert found["got"] == found["want"]
 
 
+def test_a_batch_that_does_not_fit_is_served_smaller_with_the_same_tokens(h200):
+    """What the steps may take beside the KV is cut in service, so that a whole batch does not fit;
+    each request alone does.
+    """
+    found = on_device(
+        h200,
+        """
+from tokenry import LLM, SamplingParams
+limits = dict(dtype="float32", max_model_len=160, max_num_seqs=8, num_kv_blocks=90)
+greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+prompts = [{"prompt_token_ids": [(7 * i * i + n) % 256 for i in range(90 + n)]} for n in range(8)]
+def ask(llm):
+    done = llm.generate(prompts, greedy, use_tqdm=False)
+    return [c.outputs[0].token_ids for c in done]
+options = ("kernels=torch", "graphs=none")
+with LLM("demo", backend="cuda", backend_option=options, enable_prefix_caching=False,
+         **limits) as llm:
+    held = device.memory().allocated_bytes
+    device.reset_peak()
+    want = ask(llm)
+    peak = device.memory().peak_bytes - held
+    device.set_memory_limit(held + peak // 2)
+    got = ask(llm)
+    stats, after = llm.get_metrics(), device.memory().allocated_bytes
+    llm._assembled.engine.check_integrity()
+simdevice.report({"same": got == want, "ooms": stats.num_device_ooms, "held": held, "after": after,
+                  "failures": stats.step_failures, "preempted": stats.num_preemptions})
+""",
+    )
+    assert found["same"]
+    assert found["ooms"] > 0
+    assert found["preempted"] > 0
+    assert found["failures"] == 0
+    assert found["after"] - found["held"] < 64 << 10, "the steps that did not fit are still held"
+
+
+def test_results_are_copied_on_a_stream_of_their_own_which_the_host_alone_waits_for(h200):
+    found = on_device(
+        h200,
+        """
+backend = opened()
+record, events = torch.cuda.Event.record, []
+def noted(event, stream=None):
+    events.append(None if stream is None else stream.stream_id)
+    return record(event, stream)
+x = torch.arange(5, device="cuda", dtype=torch.int32)
+with device.no_host_sync():
+    torch.cuda.Event.record = noted
+    wait = backend.fetch([x, torch.ones(2, 3, device="cuda"), x[:0]])
+    torch.cuda.Event.record = record
+    x.add_(100)
+got = wait()
+simdevice.report({"values": [a.tolist() for a in got], "streams": events,
+                  "now": torch.cuda.current_stream().stream_id,
+                  "copies": device.counts().async_copies_to_host})
+""",
+    )
+    assert found["values"] == [[0, 1, 2, 3, 4], [[1.0] * 3] * 2, []]
+    assert found["copies"] == 1
+    assert found["streams"][-1] not in (None, found["now"])
+
+
 def test_a_lost_device_ends_generation_with_its_cause(h200):
     found = on_device(
         h200,
