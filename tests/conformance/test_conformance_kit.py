@@ -7,12 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from tokenry.backend.contract import Caps
+from tokenry.backend.contract import Caps, ShapeRules
 from tokenry.cli import main
 from tokenry.conformance.catalog import CHECKS, page
 from tokenry.conformance.check import Case, attempt, check, pick, run_check
 from tokenry.conformance.cli import conform
 from tokenry.conformance.compare import TOLERANCES, difference, same_bits
+from tokenry.conformance.scenes import Scene, Work
 from tokenry.conformance.tiny import FAMILIES, write_model
 from tokenry.errors import NoBackend
 
@@ -41,6 +42,15 @@ def test_what_a_device_does_not_do_is_not_asked():
     assert asked(Caps()) - asked(Caps(token_feedback=False)) == {"C16.feedback"}
     samples = {"C03.sample_greedy", "C03.sample", "C07.sample"}
     assert asked(Caps()) - asked(Caps(sampling="tokens")) == samples
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_example_has_no_row_beyond_its_table(static):
+    scene = Scene(Caps(shapes=ShapeRules(static=static)), [range(5)] * 6, block_size=4)
+    for packed in scene.covering([Work(0, 0, 5)]):
+        blank = scene.blank(packed)
+        assert blank.bucket == packed.host.bucket
+        assert blank.seq_lens.max() <= blank.block_table.shape[1] * 4
 
 
 def test_ids_are_unique_and_every_check_says_how_it_is_proved():

@@ -142,10 +142,16 @@ class Scene:
         return RequestState(new, self.block_size)
 
     def blank(self, packed: Packed) -> HostBatch:
-        """The batch that a program for this bucket is made with before service."""
+        """The batch that a program for this bucket is made with before service: as at warm-up, no
+        row of it is longer than a request can be.
+        """
         host = packed.host
-        width = host.block_table.shape[1]
-        return blank_batch(host.bucket, width, uniform_q=self.caps.shapes.uniform_q)
+        return blank_batch(
+            host.bucket,
+            host.block_table.shape[1],
+            uniform_q=self.caps.shapes.uniform_q,
+            max_len=self.extent.max_blocks * self.block_size,
+        )
 
 
 def on_device(host: HostBatch, backend: Backend) -> StepBatch:
