@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tokenry import LLM, SamplingParams
+from tokenry.backend.base import Backend
 from tokenry.conformance.tiny import FAMILIES, VOCAB, write_model
-from tokenry.errors import DeviceOOM, StepFailed
+from tokenry.errors import DeviceLost, DeviceOOM, StepFailed
 from tokenry.plan import StepPlan, StepResult
-from tokenry.runner.oom import HOST_ALLOCATOR, typed_oom
+from tokenry.runner.step_errors import HOST_ALLOCATOR, typed_steps
 
 LIMITS = {
     "dtype": "float32", "max_model_len": 96, "max_num_seqs": 4, "max_num_batched_tokens": 32,
@@ -77,7 +78,9 @@ def test_what_fits_no_step_ends_with_the_cause_and_the_engine_stays(model):
 def test_a_lack_of_memory_is_typed_with_the_figures_wherever_it_is_met(error, late):
 
     class Runner:
-        @typed_oom
+        _backend = Backend()
+
+        @typed_steps
         def run(self, plan):
             if not late:
                 raise error
@@ -93,9 +96,37 @@ def test_a_lack_of_memory_is_typed_with_the_figures_wherever_it_is_met(error, la
     assert "--max-num-batched-tokens" in str(told.value.mend)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (DeviceLost("The device is lost.", mend="restart"), "The device is lost"),
+        (RuntimeError("launch failure\nadvice"), "in step 1 .shapes differ. and does not answer"),
+    ],
+    ids=["typed", "untyped"],
+)
+def test_an_error_after_which_the_device_cannot_be_waited_for_is_its_loss(answer, text):
+    class Lost(Backend):
+        def synchronize(self):
+            raise answer
+
+    class Runner:
+        _backend = Lost()
+
+        @typed_steps
+        def run(self, plan):
+            raise RuntimeError("shapes differ")
+
+    with pytest.raises(DeviceLost, match=text) as told:
+        Runner().run(StepPlan(step=1))
+    assert "shapes differ" in str(told.value.__cause__)
+    assert "restart" in str(told.value.mend)
+
+
 def test_other_errors_and_results_pass():
     class Runner:
-        @typed_oom
+        _backend = Backend()
+
+        @typed_steps
         def run(self, plan):
             if plan.step == 1:
                 raise RuntimeError("shapes differ")

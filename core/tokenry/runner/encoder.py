@@ -27,12 +27,12 @@ from tokenry.pooling import PoolingParams
 from tokenry.runner.bucket_grid import deviations, make_buckets
 from tokenry.runner.buckets import BucketTable, need_of
 from tokenry.runner.memory import MemoryPlan
-from tokenry.runner.oom import typed_oom
 from tokenry.runner.pack import to_device
 from tokenry.runner.pooling import PooledHead, pooled_result
 from tokenry.runner.programs import Programs
 from tokenry.runner.runner import Progress, RunnerConfig
 from tokenry.runner.shapes import Extent, Launch, Share, split
+from tokenry.runner.step_errors import typed_steps
 from tokenry.runner.step_log import StepLog
 
 TOKEN_TYPES = "token_types"
@@ -162,7 +162,7 @@ class EncoderRunner:
 
     # ---- a step ------------------------------------------------------------------------------
 
-    @typed_oom
+    @typed_steps
     def run(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Launch the step; see plan.StepRunner."""
         with torch.inference_mode():

@@ -33,7 +33,6 @@ from tokenry.runner.memory import (
     plan_memory,
     with_programs,
 )
-from tokenry.runner.oom import typed_oom
 from tokenry.runner.pack import blank_batch, pack, table_width, to_device
 from tokenry.runner.pooling import Pooler
 from tokenry.runner.probe import run_deep_steps
@@ -44,6 +43,7 @@ from tokenry.runner.sampler import Sampler
 from tokenry.runner.sampling.draw import Draw
 from tokenry.runner.sampling.processors import ProcessorFactory
 from tokenry.runner.shapes import Extent, Launch, Share, split
+from tokenry.runner.step_errors import typed_steps
 from tokenry.runner.step_log import StepLog
 from tokenry.runner.trial import try_draws
 
@@ -232,7 +232,7 @@ class ModelRunner:
 
     # ---- a step ------------------------------------------------------------------------------
 
-    @typed_oom
+    @typed_steps
     def run(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Launch the step; see plan.StepRunner."""
         with torch.inference_mode():

@@ -226,21 +226,33 @@ from tokenry.errors import DeviceLost
 limits = dict(dtype="float32", max_model_len=64, max_num_seqs=2, num_kv_blocks=12)
 greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 wait = torch.cuda.Event.synchronize
-def lost(event):
+def lost(*args, **kwargs):
     error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     error.error_code = 700
     raise error
-with LLM("demo", backend="cuda", backend_option=("kernels=torch",), **limits) as llm:
-    llm.generate(["Once"], greedy, use_tqdm=False)
+found = []
+def met():
+    # what a generation ends with, on a device that is lost in one call or the other
+    with LLM("demo", backend="cuda", backend_option=("kernels=torch",), **limits) as llm:
+        llm.generate(["Once"], greedy, use_tqdm=False)
+        lose()
+        try:
+            llm.generate(["Once", "Twice"], greedy, use_tqdm=False)
+        except DeviceLost as error:
+            found.append(str(error))
+def lose():
     torch.cuda.Event.synchronize = lost
-    try:
-        llm.generate(["Once", "Twice"], greedy, use_tqdm=False)
-    except DeviceLost as error:
-        simdevice.report(str(error))
+met()
+torch.cuda.Event.synchronize = wait
+def lose():  # first met in a call of the core's sampler
+    torch.Tensor.amax = torch.cuda.synchronize = lost
+met()
+simdevice.report(found)
 """,
     )
-    assert "cuda:0 failed in a step and cannot be used" in found
-    assert "illegal memory access" in found
+    assert "cuda:0 failed in a step and cannot be used" in found[0]
+    assert "cuda:0 failed in a step before this and cannot be used" in found[1]
+    assert all("illegal memory access" in text for text in found)
 
 
 @pytest.mark.parametrize("code", [*sorted(STICKY), None])
