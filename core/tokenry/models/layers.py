@@ -120,7 +120,7 @@ class Linear:
             def take(tensor: Tensor) -> None:
                 parts[key] = tensor
                 if len(parts) == total:
-                    raw = {k: torch.cat([parts.pop(f"{n}.{k}") for n in names]) for k in kinds}
+                    raw = {k: _stacked([parts.pop(f"{n}.{k}") for n in names]) for k in kinds}
                     pack = self._op.pack if exact else partial(loader.ops.pack, self._op)
                     self.weights = pack(raw)
 
@@ -135,6 +135,11 @@ class Linear:
         """[T, sum(sizes)]."""
         y: Tensor = self._op(x, self.weights)
         return y
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; a copy only where there is something to join."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class RmsNorm:
