@@ -10,7 +10,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,8 @@ from tokenry.runner.sampling.shapes import to_power_of_two
 
 ROWS_AT_ONCE = 16
 """Most rows that are narrowed at once: so much memory it may take, and so few shapes it has."""
+Checked = Callable[[Tensor, SampleInputs], tuple[Tensor, Tensor]]
+"""The `sample` op, with which rows are broken (1: LOGITS_BROKEN)."""
 LOGITS_BROKEN, NOTHING_LEFT = 1, 2
 """Bits of `Sampled.broken`: the model's logits are NaN or infinite; those that are left after the
 request's own rules are all -inf, or NaN.
@@ -73,14 +75,15 @@ class Sampler:
         self._eos = tuple(eos_token_ids)
         self._factories = processors
         self._greedy: dict[int, SampleInputs] = {}
+        self._checked: Checked = getattr(op, "checked", self._check)
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw | None]) -> Sampled:
         """Draw for the rows that have a Draw (the others' results mean nothing)."""
-        broken = _not_finite(logits, LOGITS_BROKEN)
         ruled = [(i, d) for i, d in enumerate(draws) if d is not None and has_rules(d)]
         if not ruled:  # most steps: nothing below would touch a row
-            token_ids = self._op(logits, self._inputs(draws, ()))
+            token_ids, broken = self._checked(logits, self._inputs(draws, ()))
             return Sampled(token_ids=token_ids, broken=broken, errors={})
+        broken = _not_finite(logits, LOGITS_BROKEN)
         adjusted = logits.clone()
         apply_rules(adjusted, ruled, self._eos)
         errors = self._process(adjusted, ruled)
@@ -100,6 +103,9 @@ class Sampler:
             drawn = token_ids[[i for i, _ in steered_padded]]
             mu = next_mu(left, drawn, [d for _, d in steered_padded])
         return Sampled(token_ids=token_ids, broken=broken, errors=errors, mu=mu, mu_rows=mu_rows)
+
+    def _check(self, logits: Tensor, inputs: SampleInputs) -> tuple[Tensor, Tensor]:
+        return self._op(logits, inputs), _not_finite(logits, LOGITS_BROKEN)
 
     def _narrow(self, out: Tensor, ruled: Ruled) -> None:
         """Candidates of the rows whose parameters the `sample` op does not know, in place."""

@@ -104,7 +104,7 @@ struct Kernels {
   void (*act_mul)(const float* gate, const float* up, int64_t size, int32_t kind, float* y);
   // y = the n values at x in a float format
   void (*widen)(const void* x, int64_t n, int32_t format, float* y);
-  int64_t (*argmax)(const float* x, int64_t size);
+  int64_t (*argmax)(const float* x, int64_t size, bool* broken);
   void (*boltzmann)(const float* x, int64_t size, float most, float temperature, float* y);
 };
 

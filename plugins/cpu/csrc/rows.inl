@@ -43,14 +43,28 @@ inline void rope(const float* x, const float* cos, const float* sin, int64_t hal
   for (i = 2 * half; i < head_dim; i++) y[i] = x[i];
 }
 
-// The first of the largest values; a NaN is skipped unless there is nothing else.
-inline int64_t argmax(const float* x, int64_t size) {
-  vf most = splat(-INFINITY);
+// The first of the largest values; a NaN is skipped unless there is nothing else. broken: the
+// largest is infinite, or there is a NaN.
+inline int64_t argmax(const float* x, int64_t size, bool* broken) {
+  vf most = splat(-INFINITY), check{};  // check: 0, or NaN for good
   int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) most = max(load(x + i), most);
+  for (; i + LANES <= size; i += LANES) {
+    const vf v = load(x + i);
+    most = max(v, most);
+    check = v != v ? v : check;
+  }
   float top = largest(most);
-  for (; i < size; i++) top = x[i] > top ? x[i] : top;
-  for (i = 0; i < size; i++)
+  bool odd = sum(check) != 0.0f;
+  for (; i < size; i++) {
+    odd |= x[i] != x[i];
+    top = x[i] > top ? x[i] : top;
+  }
+  *broken = odd || top - top != 0.0f;
+  for (i = 0; i + LANES <= size; i += LANES) {
+    const vi same = load(x + i) == top;
+    if (any(same)) break;
+  }
+  for (; i < size; i++)
     if (x[i] == top) return i;
   return 0;
 }

@@ -88,14 +88,16 @@ struct Row {
 using namespace tokenry;
 
 // ids [rows] from logits [rows, size]; per row temperature (0: the largest), top_k (0: off), top_p,
-// min_p, uniform in [0, 1).
+// min_p, uniform in [0, 1). broken [rows]: 1 where the largest logit is infinite or one is NaN.
 API void tk_sample(const float* logits, int64_t rows, int64_t size, const float* temperature,
                    const int32_t* top_k, const float* top_p, const float* min_p,
-                   const float* uniform, int32_t* ids) {
+                   const float* uniform, int32_t* ids, uint8_t* broken) {
   const Kernels& isa = kernels();
   parallel(rows, [&](int64_t r) {
     const float* x = logits + r * size;
-    const int64_t best = isa.argmax(x, size);
+    bool odd;
+    const int64_t best = isa.argmax(x, size, &odd);
+    broken[r] = odd;
     ids[r] = int32_t(best);
     if (temperature[r] == 0 || !(x[best] > -INFINITY)) return;
     static thread_local std::vector<float> weights;

@@ -119,6 +119,17 @@ INLINE float largest(vf x) {
   return most;
 }
 
+// Whether some lane of a comparison is true.
+INLINE bool any(vi x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#else
+  int32_t all = 0;
+  for (int i = 0; i < LANES; i++) all |= x[i];
+  return all;
+#endif
+}
+
 // e^x for x <= 88; 0 below -87; NaN of NaN. Argument reduction by ln 2 in two parts, then the Taylor series to
 // x^6 on |r| <= ln(2)/2: relative error below 2e-7 (tested against double).
 INLINE vf exp(vf x) {

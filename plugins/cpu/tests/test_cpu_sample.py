@@ -101,3 +101,26 @@ def test_of_equal_logits_greedy_takes_the_lowest_id():
     logits = torch.zeros(1, 100)
     logits[0, [40, 70]] = 5.0
     assert SAMPLE(logits, inputs(1, temperature=[0.0])).tolist() == [40]
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_it_tells_which_rows_are_broken(isa, data):
+    rows, size = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 15, 16, 33, 700]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    logits = torch.randn((rows, size), generator=generator).round()
+    for row in range(rows):
+        for value in data.draw(st.lists(st.sampled_from([torch.nan, torch.inf, -torch.inf]))):
+            logits[row, data.draw(st.integers(0, size - 1))] = value
+    if data.draw(st.booleans()):
+        logits[0] = -torch.inf
+    best = native.isa()
+    native.set_isa(isa)
+    try:
+        ids, broken = SAMPLE.checked(logits, inputs(rows, temperature=[0.0] * rows))
+    finally:
+        native.set_isa(best)
+    assert broken.tolist() == (~logits.amax(-1).isfinite()).int().tolist()
+    whole = ~broken.bool()
+    assert torch.equal(ids[whole].long(), logits.argmax(-1)[whole])

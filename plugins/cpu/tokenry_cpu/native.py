@@ -110,7 +110,7 @@ def library() -> ctypes.CDLL:
         ("tk_rope", None, (p, i, i, p, i, i, i, i, p, p, i, p, p)),
         ("tk_act_mul", None, (p, i, i, c_int32, p)),
         ("tk_run", None, (p, p)),
-        ("tk_sample", None, (p, i, i, p, p, p, p, p, p)),
+        ("tk_sample", None, (p, i, i, p, p, p, p, p, p, p)),
     ):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, args
@@ -303,15 +303,18 @@ def attention(call: Any) -> None:
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
     uniform: Tensor,
-) -> Tensor:  # fmt: skip
-    """Ids [R] int32 of logits [R, V] float32 contiguous; per row float32, top_k int32."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of logits [R, V] float32 contiguous, per row float32 (top_k int32): ids [R] int32, and [R]
+    uint8, 1 where the row's largest logit is infinite or one of it NaN.
+    """
     rows, size = logits.shape
-    ids = torch.empty(rows, dtype=torch.int32)
+    ids, broken = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.uint8)
     per_row = (temperature, top_k, top_p, min_p, uniform)
     library().tk_sample(
-        logits.data_ptr(), rows, size, *(t.data_ptr() for t in per_row), ids.data_ptr()
-    )
-    return ids
+        logits.data_ptr(), rows, size, *(t.data_ptr() for t in per_row), ids.data_ptr(),
+        broken.data_ptr(),
+    )  # fmt: skip
+    return ids, broken
 
 
 def run(program: Any, step: Any) -> None:

@@ -6,6 +6,7 @@ Every kernel works in float32 and adds up each output in one order that knows no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,13 +180,17 @@ class Attention(ReferenceOp):
 
 
 class Sample(ReferenceOp):
-    """Draws without sorting the vocabulary."""
+    """Draws without sorting the vocabulary, and sees in the same pass whether a row is broken."""
 
     def __call__(self, logits: Tensor, inputs: SampleInputs) -> Tensor:
         """[R] int32, as the reference op says."""
+        return self.checked(logits, inputs)[0]
+
+    def checked(self, logits: Tensor, inputs: SampleInputs) -> tuple[Tensor, Tensor]:
+        """Ids, and which rows are broken: see `Op`."""
         temperature = inputs.temperature
         if inputs.all_greedy:
-            temperature = torch.zeros_like(temperature)
+            temperature = _zeros(temperature.shape[0])
         return native.sample(
             logits.float().contiguous(),
             temperature.contiguous(),
@@ -194,6 +199,11 @@ class Sample(ReferenceOp):
             inputs.min_p.contiguous(),
             inputs.uniform.contiguous(),
         )
+
+
+@functools.lru_cache(64)
+def _zeros(rows: int) -> Tensor:
+    return torch.zeros(rows)
 
 
 def _rows(x: Tensor) -> Tensor:
