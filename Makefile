@@ -48,7 +48,7 @@ test-gpu:
 	$(GPU_PYTHON) -m pytest tests/gpu plugins/cuda/tests/test_cuda_conformance.py plugins/rocm/tests/test_rocm_conformance.py
 
 bench-gpu:
-	$(GPU_PYTHON) benchmarks/gpu_steps.py $(MODEL) --json gpu_steps.json $(ARGS)
+	$(GPU_PYTHON) benchmarks/gpu_steps.py $(MODEL) --deterministic both --json gpu_steps.json $(ARGS)
 
 # the CPU's kernels under the address and undefined-behaviour sanitizers
 sanitize: $(VENV)/dev

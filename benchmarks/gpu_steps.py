@@ -1,8 +1,8 @@
 """How long the device waits between steps, and how much of a step it works: the cost of the host.
 
     python benchmarks/gpu_steps.py MODEL [--backend cuda] [--batches 1 256] [--prompt 128]
-        [--output 256] [--overlap both|on|off] [--load-format dummy] [--backend-option K=V ...]
-        [--limit KEY=VALUE ...] [--json FILE]
+        [--output 256] [--overlap both|on|off] [--deterministic both|on|off]
+        [--load-format dummy] [--backend-option K=V ...] [--limit KEY=VALUE ...] [--json FILE]
 
 For each batch size, that many requests are answered at once, all of one length, so that all steps
 but the first few are decode steps of the whole batch. On the device's stream an event stands before
@@ -16,7 +16,8 @@ the inputs of each step and one behind its results. Per step, in milliseconds:
 
 The first and the last tenth of the steps are left out. Medians, and the 90th percentile of the gap.
 The aim: gap / period and 1 - busy below 5 %, at batch 1 and at 256. With --overlap off the gap
-is the time that planning and waiting take when they are not hidden.
+is the time that planning and waiting take when they are not hidden. With --deterministic both the
+pair of overlapped runs shows what that mode costs.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Row:
 
     batch: int
     overlap: bool
+    deterministic: bool
     steps: int
     tokens_per_s: float
     period: float
@@ -89,10 +91,11 @@ class Marks:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     rows = []
-    for overlap in {"both": (True, False), "on": (True,), "off": (False,)}[args.overlap]:
-        with LLM(args.model, **limits(args, overlap=overlap)) as llm:
+    for overlap, deterministic in ways(args):
+        own = {"overlap": overlap, "deterministic": deterministic}
+        with LLM(args.model, **limits(args), **own) as llm:
             for batch in args.batches:
-                rows.append(measure(llm, args, batch, overlap=overlap))
+                rows.append(measure(llm, args, batch, **own))
                 print(line(rows[-1]), flush=True)
     if args.json is not None:
         found = {"facts": facts(args), "rows": [asdict(row) for row in rows]}
@@ -107,6 +110,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=256)
     parser.add_argument("--overlap", choices=("both", "on", "off"), default="both")
+    parser.add_argument("--deterministic", choices=("both", "on", "off"), default="off")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--backend-option", action="append", default=[])
@@ -115,7 +119,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def limits(args: argparse.Namespace, *, overlap: bool) -> dict[str, Any]:
+def ways(args: argparse.Namespace) -> list[tuple[bool, bool]]:
+    """(overlap, deterministic) of each run; without overlap only one of the two modes."""
+    chosen = {"both": (True, False), "on": (True,), "off": (False,)}
+    overlaps = chosen[args.overlap]
+    modes = sorted(chosen[args.deterministic])
+    return [(o, d) for o in overlaps for d in modes if o == overlaps[0] or d == modes[0]]
+
+
+def limits(args: argparse.Namespace) -> dict[str, Any]:
     """Of the engine."""
     more: dict[str, Any] = {}
     for text in args.limit:
@@ -126,7 +138,6 @@ def limits(args: argparse.Namespace, *, overlap: bool) -> dict[str, Any]:
         "backend_option": tuple(args.backend_option),
         "dtype": args.dtype,
         "load_format": args.load_format,
-        "overlap": overlap,
         "max_num_seqs": max(args.batches),
         "max_model_len": args.prompt + args.output + 1,
         "enable_prefix_caching": False,
@@ -134,7 +145,9 @@ def limits(args: argparse.Namespace, *, overlap: bool) -> dict[str, Any]:
     }
 
 
-def measure(llm: LLM, args: argparse.Namespace, batch: int, *, overlap: bool) -> Row:
+def measure(
+    llm: LLM, args: argparse.Namespace, batch: int, *, overlap: bool, deterministic: bool
+) -> Row:
     """One batch size: once to warm up, once with marks, once with the profiler."""
     runner = llm._assembled.runner
     plain = runner.run
@@ -150,6 +163,7 @@ def measure(llm: LLM, args: argparse.Namespace, batch: int, *, overlap: bool) ->
     return Row(
         batch=batch,
         overlap=overlap,
+        deterministic=deterministic,
         steps=len(periods),
         tokens_per_s=1000 * batch / period if period else 0.0,
         period=period,
@@ -207,6 +221,7 @@ def line(row: Row) -> str:
     """For people."""
     busy = "-" if row.busy is None else f"{100 * row.busy:.1f} %"
     how = "overlap" if row.overlap else "no overlap"
+    how += ", deterministic" * row.deterministic
     return (
         f"batch {row.batch:4d} {how:10s} {row.steps:5d} steps  period {row.period:8.3f} ms  "
         f"gap {row.gap:7.4f} ms ({100 * row.share:.2f} %, p90 {row.gap_p90:.4f})  busy {busy}  "

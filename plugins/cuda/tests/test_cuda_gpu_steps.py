@@ -38,6 +38,18 @@ def test_the_busy_share_is_what_the_spans_cover(tool, spans, share):
     assert tool.union(spans) == share
 
 
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ([], [(True, False), (False, False)]),
+        (["--deterministic", "both"], [(True, False), (True, True), (False, False)]),
+        (["--overlap", "on", "--deterministic", "on"], [(True, True)]),
+    ],
+)
+def test_the_deterministic_mode_is_one_of_a_pair(tool, given, ways):
+    assert tool.ways(tool.arguments(["demo", *given])) == ways
+
+
 class Clock:
     """An event at a time that is told."""
 
