@@ -34,6 +34,7 @@ def test_an_encoder_embeds_alike_on_every_backend(
     path, model = bert
     llm = open_llm(path, backend=backend, backend_option=(), max_num_seqs=4, max_programs=8)
     found = llm.embed(texts, use_tqdm=False)
+    assert len(found) == len(texts)
     for one in found:
         assert one.prompt_token_ids[0] == 1 and one.prompt_token_ids[-1] == 2
         want = functional.normalize(ask(model, one.prompt_token_ids).mean(0), dim=0)
@@ -58,7 +59,9 @@ def test_the_layer_after_the_pooling_is_applied(
     from safetensors.torch import load_file
 
     dense = load_file(path / "2_Dense" / "model.safetensors")
-    for one in open_llm(path).embed(texts, use_tqdm=False):
+    found = open_llm(path).embed(texts, use_tqdm=False)
+    assert len(found) == len(texts)
+    for one in found:
         row = ask(model, one.prompt_token_ids)[0]
         want = torch.tanh(functional.linear(row, dense["linear.weight"], dense["linear.bias"]))
         close(one.outputs.embedding, want)
@@ -71,7 +74,9 @@ def test_a_decoder_embeds_by_its_last_token(
     path, model = qwen
     llm = open_llm(path, backend=backend, backend_option=(), max_num_batched_tokens=24,
                    max_num_seqs=4, max_programs=8)  # fmt: skip
-    for one in llm.embed(texts, use_tqdm=False):  # the long one takes two steps
+    found = llm.embed(texts, use_tqdm=False)  # the long one takes two steps
+    assert len(found) == len(texts)
+    for one in found:
         want = functional.normalize(ask(model, one.prompt_token_ids)[-1], dim=0)
         close(one.outputs.embedding, want)
 
@@ -162,6 +167,7 @@ def test_a_cross_encoder_scores_pairs(
     for final, last in ((None, torch.sigmoid), (False, lambda x: x)):
         params = PoolingParams(final=final)
         found = llm.score(words(9, 8), texts, pooling_params=params, use_tqdm=False)
+        assert len(found) == len(texts)
         for one in found:
             second = one.prompt_token_ids.index(2) + 1
             types = [0] * second + [1] * (len(one.prompt_token_ids) - second)
@@ -183,7 +189,9 @@ def test_a_decoder_scores_pairs_too(make_model: Any, open_llm: Any, words: Any) 
 def test_a_classifier_gives_probabilities(classes: Any, open_llm: Any, texts: list[str]) -> None:
     path, model = classes
     llm = open_llm(path)
-    for one in llm.classify(texts, use_tqdm=False):
+    found = llm.classify(texts, use_tqdm=False)
+    assert len(found) == len(texts)
+    for one in found:
         with torch.no_grad():
             logits = model(torch.tensor([list(one.prompt_token_ids)])).logits[0]
         close(one.outputs.probs, torch.softmax(logits, 0))
