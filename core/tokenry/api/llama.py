@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,7 +19,7 @@ from tokenry.api.chat import check_messages, render
 from tokenry.api.completions import completions
 from tokenry.api.inner import ask, body_of, is_answer, refuse
 from tokenry.api.routes import get, post
-from tokenry.api.sampling import PLAIN
+from tokenry.api.sampling import CommonExtras
 from tokenry.api.schema import ChatRequest, decode, decode_known
 from tokenry.api.service import service_of
 from tokenry.api.sse import TOKENS, EventStream
@@ -51,14 +50,12 @@ _SAME = (
     "frequency_penalty",
     "stop",
     "ignore_eos",
-    "dry_penalty_last_n",
     "dry_sequence_breakers",
-    "repeat_penalty",
-    *(name for name in PLAIN if not name.startswith("no_repeat")),
+    *CommonExtras.__struct_fields__,
 )
 
 
-class LlamaRequest(msgspec.Struct, frozen=True, kw_only=True):
+class LlamaRequest(CommonExtras, frozen=True, kw_only=True):
     """POST /completion."""
 
     prompt: str | list[int]
@@ -69,20 +66,7 @@ class LlamaRequest(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    typical_p: float | None = None
-    top_n_sigma: float | None = None
-    xtc_probability: float | None = None
-    xtc_threshold: float | None = None
-    mirostat: int | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-    dry_multiplier: float | None = None
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    dry_range: int | None = None
-    dry_penalty_last_n: int | None = None
     dry_sequence_breakers: list[str] | None = None
-    repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: list[tuple[int, float]] | dict[str, float] | None = None

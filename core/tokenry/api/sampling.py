@@ -18,12 +18,9 @@ from tokenry.errors import RequestError
 from tokenry.params import SamplingParams, Watermark
 
 
-class SamplingExtras(msgspec.Struct, frozen=True, kw_only=True):
-    """None is the default of `SamplingParams`. repeat_penalty and dry_penalty_last_n are
-    llama.cpp's names; dry_sequence_breakers may be a JSON list in a string, as
-    text-generation-webui sends it; watermark: true is the server's mark, or the green-list scheme
-    with key 0. A beam search has beam_width beams, or best_of, or n as in vLLM; best_of without
-    one is for completions.
+class CommonExtras(msgspec.Struct, frozen=True, kw_only=True):
+    """What OpenAI's routes take beyond OpenAI's fields and llama.cpp's route takes, too. None is
+    the default of `SamplingParams`. repeat_penalty and dry_penalty_last_n are llama.cpp's names.
     """
 
     typical_p: float | None = None
@@ -38,10 +35,18 @@ class SamplingExtras(msgspec.Struct, frozen=True, kw_only=True):
     dry_allowed_length: int | None = None
     dry_range: int | None = None
     dry_penalty_last_n: int | None = None
+    repeat_penalty: float | None = None
+
+
+class SamplingExtras(CommonExtras, frozen=True, kw_only=True):
+    """dry_sequence_breakers may be a JSON list in a string, as text-generation-webui sends it;
+    watermark: true is the server's mark, or the green-list scheme with key 0. A beam search has
+    beam_width beams, or best_of, or n as in vLLM; best_of without one is for completions.
+    """
+
     dry_sequence_breakers: list[str] | str | None = None
     no_repeat_ngram_size: int | None = None
     repetition_penalty: float | None = None
-    repeat_penalty: float | None = None
     watermark: bool | Watermark | None = None
     n: int | None = None
     best_of: int | None = None
