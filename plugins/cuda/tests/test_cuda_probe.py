@@ -12,6 +12,7 @@ import pytest
 
 import tokenry_cuda
 from tokenry.backend.contract import DeviceRef
+from tokenry.backend.discovery import discover, table
 from tokenry.errors import BackendError, ConfigError
 from tokenry_cuda import probe
 from tokenry_cuda.backend import check_torch
@@ -123,6 +124,37 @@ def test_probing_imports_no_torch_and_writes_no_environment(h200):
         env=os.environ | h200,
     )  # fmt: skip
     assert done.stdout.split() == ["False", "True", "100"]
+
+
+CASES = [
+    ({"CUDA": 11080, "DRIVER": "470.57"}, "driver 470.57 has CUDA 11.8, too old", "update the"),
+    ({"library": "libnone.so"}, "is not to be found: no driver", "install the driver"),
+    ({"visible": ""}, "CUDA_VISIBLE_DEVICES is empty: every GPU is hidden", "unset CUDA_VISIBLE"),
+    ({"CARDS": CUT}, "MIG is on and no slice was chosen", "CUDA_VISIBLE_DEVICES=MIG-"),
+    ({"CARDS": KEPLER}, "compute capability 3.7 is not supported", "--backend cpu"),
+]
+
+
+@pytest.mark.parametrize(("case", "why", "mend"), CASES, ids=[c[1][:24] for c in CASES])
+def test_each_reason_is_a_line_of_tokenry_devices(
+    nvml_folder, tmp_path, monkeypatch, case, why, mend
+):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    library = case.get("library", str(nvml_folder / "libnvidia-ml.so.1"))
+    monkeypatch.setattr(tokenry_cuda, "ROOT", tmp_path)
+    monkeypatch.setattr(tokenry_cuda, "NVML", library)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if "visible" in case:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", case["visible"])
+    for key, value in {"CARDS": H200, **case}.items():
+        monkeypatch.setenv(f"STUB_{key}", str(value))
+    line = table(discover("cuda"))
+    assert line.count("\n") == 0
+    assert line.split()[0] == "cuda"
+    assert "no: " in line
+    assert why in line
+    assert mend in line
 
 
 def test_devices_prints_the_line(h200):

@@ -10,6 +10,7 @@ import pytest
 
 import tokenry_rocm
 from tokenry.backend.contract import DeviceRef
+from tokenry.backend.discovery import discover, table
 from tokenry.errors import BackendError
 from tokenry_rocm import probe
 from tokenry_rocm.backend import open_device
@@ -36,6 +37,25 @@ def machine(tmp_path):
 
 
 def test_no_node_is_no_device(tmp_path):
+    assert probe.find_device(tmp_path, {}) is None
+
+
+@pytest.mark.parametrize("kind", ["0x030000", "0x038000", "0x120000"])
+@pytest.mark.parametrize(
+    ("module", "mend"), [(False, "modprobe amdgpu"), (True, "docker run --device=/dev/kfd")]
+)
+def test_a_card_on_the_bus_without_the_node_is_told(tmp_path, kind, module, mend):
+    card = tmp_path / "sys/bus/pci/devices/0000:c1:00.0"
+    card.mkdir(parents=True)
+    (card / "vendor").write_text("0x1002\n")
+    (card / "class").write_text(f"{kind}\n")
+    if module:
+        (tmp_path / "sys/module/amdgpu").mkdir(parents=True)
+    found = probe.find_device(tmp_path, {})
+    assert found.score == 0
+    assert "0000:c1:00.0 has no /dev/kfd" in found.why
+    assert mend in found.why
+    (card / "class").write_text("0x060000\n")  # a bridge of the same maker
     assert probe.find_device(tmp_path, {}) is None
 
 
@@ -83,6 +103,35 @@ def test_a_node_without_the_right_to_use_it_is_told(machine, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != root / "dev/kfd")
     found = probe.find_device(root, {})
     assert (found.score, "render,video" in found.why) == (0, True)
+
+
+def test_each_reason_is_a_line_of_tokenry_devices(machine, monkeypatch):
+    """No node, no right to it, hidden, not supported."""
+    root = machine(90000)
+    monkeypatch.setattr(tokenry_rocm, "ROOT", root)
+    lines = [_line()]
+    (root / probe.NODES / "1/properties").write_text(f"simd_count 9\ngfx_target_version {MI300}\n")
+    assert "score 100" in _line()
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
+    lines.append(_line())
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: path != root / "dev/kfd")
+        lines.append(_line())
+    (root / "dev/kfd").unlink()
+    lines.append(_line())
+    told = [
+        "gfx900 is not supported", "hides all GPUs; unset HIP_VISIBLE_DEVICES",
+        "no right to use /dev/kfd; sudo usermod -aG render,video", "its device is not here",
+    ]  # fmt: skip
+    assert [text in line for text, line in zip(told, lines, strict=True)] == [True] * 4, lines
+
+
+def _line():
+    """What `tokenry devices` prints of the backend."""
+    text = table(discover("rocm"))
+    assert text.count("\n") == 0
+    return text
 
 
 def test_variables_choose_one_after_the_other(machine):

@@ -29,7 +29,7 @@ def find_device(root: Path, environ: Mapping[str, str]) -> DeviceRef | None:
     """
     node = root / "dev/kfd"
     if not node.exists():
-        return None
+        return _without_node(root)
     gpus = architectures(root)
     name = NAMES.get(gpus[0], f"AMD {gpus[0]}") if gpus else "AMD GPU"
 
@@ -60,6 +60,28 @@ def find_device(root: Path, environ: Mapping[str, str]) -> DeviceRef | None:
         )
     why = f"{len(seen)} visible, {seen[0]}"
     return DeviceRef(backend="rocm", index=0, name=NAMES[seen[0]], score=100, why=why)
+
+
+def _without_node(root: Path) -> DeviceRef | None:
+    """A card on the bus that cannot be computed on, or nothing. PCI vendor 0x1002, class 03xx
+    (display) or 12xx (accelerators, which Instincts are).
+    """
+    for device in sorted((root / "sys/bus/pci/devices").glob("*")):
+        try:
+            vendor = (device / "vendor").read_text("ascii").strip()
+            kind = (device / "class").read_text("ascii").strip()
+        except OSError:
+            continue
+        if vendor == "0x1002" and kind.startswith(("0x03", "0x12")):
+            loaded = (root / "sys/module/amdgpu").exists()
+            mend = (
+                "docker run --device=/dev/kfd --device=/dev/dri, or a kernel with CONFIG_HSA_AMD"
+                if loaded
+                else "sudo modprobe amdgpu, or install AMD's driver"
+            )
+            why = f"the card at {device.name} has no /dev/kfd; {mend}"
+            return DeviceRef(backend="rocm", index=0, name="AMD GPU", score=0, why=why)
+    return None
 
 
 def architectures(root: Path) -> list[str]:
