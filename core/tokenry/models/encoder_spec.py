@@ -10,7 +10,6 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tokenry.backend.base import StepFn, WeightIter
 from tokenry.backend.contract import Caps
@@ -20,6 +19,7 @@ from tokenry.models.config import ModelConfig
 from tokenry.models.encoder import Encoder, EncoderPlan, encoder_step
 from tokenry.models.head import PoolingPlan
 from tokenry.models.layers import Loader
+from tokenry.models.spec import Spec
 from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
 
 ENCODERS: Mapping[str, str] = {
@@ -36,32 +36,11 @@ ENDINGS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForPreTraining"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderSpec:
-    """A `backend.base.ModelSpec` without KV. notes: lines for the start-up log."""
+class EncoderSpec(Spec):
+    """A `backend.base.ModelSpec` without KV."""
 
-    path: Path
-    model: ModelConfig
     plan: EncoderPlan
     pooling: PoolingPlan
-    dtype: str
-    max_model_len: int
-    dummy: bool
-    notes: tuple[str, ...] = ()
-
-    @property
-    def architecture(self) -> str:
-        """As config.json names it."""
-        return self.model.architecture
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json."""
-        return self.model.raw
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids that have an embedding."""
-        return self.model.vocab_size
 
     @property
     def has_token_types(self) -> bool:

@@ -30,71 +30,17 @@ from tokenry.backend.ops import OpTable
 from tokenry.errors import ModelLoadError, UnknownArchitecture
 from tokenry.models.config import ModelConfig
 from tokenry.models.fallback_attention import PagedAttention
-from tokenry.models.weights import Progress, open_checkpoint, weight_bytes
+from tokenry.models.spec import DecoderSpec
+from tokenry.models.weights import Progress, open_checkpoint
 
 LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FallbackSpec:
-    """A `backend.base.ModelSpec` of a transformers model, with what the runner needs."""
+class FallbackSpec(DecoderSpec):
+    """A `backend.base.ModelSpec` of a transformers model."""
 
-    path: Path
-    model: ModelConfig
-    dtype: str
-    max_model_len: int
-    dummy: bool
     trust_remote_code: bool
-    notes: tuple[str, ...]
-
-    @property
-    def architecture(self) -> str:
-        """As config.json names it."""
-        return self.model.architecture
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json."""
-        return self.model.raw
-
-    @property
-    def vocab_size(self) -> int:
-        """Logits per row."""
-        return self.model.vocab_size
-
-    @property
-    def num_layers(self) -> int:
-        """Layers with KV."""
-        return self.model.num_layers
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.model.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Of keys and values."""
-        return self.model.head_dim
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
-        return self.model.eos_token_ids
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights in the model's dtype, or the checkpoint's if that is smaller (a
-        backend may keep it); 0 for dummy ones.
-        """
-        if self.dummy:
-            return 0
-        size = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return (
-            weight_bytes(self.path)
-            * min(size[self.dtype], size[self.model.dtype])
-            // (size[self.model.dtype])
-        )
 
     def weights(self, progress: Progress) -> WeightIter:
         """Checkpoint tensors by checkpoint name, to be looked at; `torch_step` has transformers

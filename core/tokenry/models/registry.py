@@ -24,7 +24,8 @@ from tokenry.models.foreign import check_fields
 from tokenry.models.head import PoolingPlan
 from tokenry.models.layers import Loader
 from tokenry.models.pooling import served_len
-from tokenry.models.weights import Progress, dummy_weights, open_checkpoint, weight_bytes
+from tokenry.models.spec import DecoderSpec
+from tokenry.models.weights import Progress, dummy_weights, open_checkpoint
 
 NATIVE: Mapping[str, str] = {
     "LlamaForCausalLM": "llama:plan",
@@ -45,71 +46,15 @@ NATIVE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NativeSpec:
-    """A `backend.base.ModelSpec` with what the runner needs to size its KV.
+class NativeSpec(DecoderSpec):
+    """A `backend.base.ModelSpec` of our own decoder.
 
-    notes    lines for the start-up log.
     gives    what a step gives of a row; pooling: what becomes of it, None where nothing is pooled.
     """
 
-    path: Path
-    model: ModelConfig
     plan: DecoderPlan
-    dtype: str
-    max_model_len: int
-    dummy: bool
-    notes: tuple[str, ...] = ()
     gives: Gives = "logits"
     pooling: PoolingPlan | None = None
-
-    @property
-    def architecture(self) -> str:
-        """As config.json names it."""
-        return self.model.architecture
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json."""
-        return self.model.raw
-
-    @property
-    def vocab_size(self) -> int:
-        """Logits per row."""
-        return self.model.vocab_size
-
-    @property
-    def num_layers(self) -> int:
-        """Layers with KV."""
-        return self.model.num_layers
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.model.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Of keys and values."""
-        return self.model.head_dim
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
-        return self.model.eos_token_ids
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights in the model's dtype, or the checkpoint's if that is smaller (a
-        backend may keep it), from file sizes; 0 for dummy weights.
-        """
-        if self.dummy:
-            return 0
-        size = {"float32": 4, "float16": 2, "bfloat16": 2}
-        return (
-            weight_bytes(self.path)
-            * min(size[self.dtype], size[self.model.dtype])
-            // (size[self.model.dtype])
-        )
 
     def weights(self, progress: Progress) -> WeightIter:
         """Checkpoint tensors by checkpoint name."""
