@@ -198,6 +198,7 @@ def _facts(pooling: PoolingPlan) -> PoolingFacts:
         labels=pooling.labels,
         matryoshka=pooling.matryoshka,
         pairs=pooling.task == "classify",
+        template=pooling.template,
     )
 
 

@@ -39,6 +39,21 @@ class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             )
 
 
+class PairTemplate(msgspec.Struct, frozen=True, kw_only=True):
+    """The text that a pair becomes: prefix, before_instruction, the instruction, before_first, the
+    first text, before_second, the second text, suffix. Prefix and suffix are never cut.
+
+    instruction   where a request brings none.
+    """
+
+    prefix: str
+    before_instruction: str
+    instruction: str
+    before_first: str
+    before_second: str
+    suffix: str
+
+
 class PoolingFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a front must know of a model that gives vectors.
 
@@ -46,6 +61,7 @@ class PoolingFacts(msgspec.Struct, frozen=True, kw_only=True):
     width        values of a result.
     matryoshka   what `dimensions` may be; (): any up to the width; None: nothing.
     pairs        whether a pair of texts is one input: a cross-encoder.
+    template     what such a pair is written into; None: the tokenizer joins it.
     """
 
     kind: str
@@ -53,6 +69,7 @@ class PoolingFacts(msgspec.Struct, frozen=True, kw_only=True):
     labels: tuple[str, ...] = ()
     matryoshka: tuple[int, ...] | None = None
     pairs: bool = False
+    template: PairTemplate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

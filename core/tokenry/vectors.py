@@ -40,7 +40,12 @@ class Vectors:
         self, tokenizer: Tokenizer, ready: Ready, run: Run, *, truncate: int | None = None
     ) -> None:
         self._facts = ready.limits.vectors
-        self._inputs = PooledInputs(tokenizer, max_len=ready.max_model_len, truncate=truncate)
+        self._inputs = PooledInputs(
+            tokenizer,
+            max_len=ready.max_model_len,
+            truncate=truncate,
+            template=None if self._facts is None else self._facts.template,
+        )
         self._run = run
 
     def encode(

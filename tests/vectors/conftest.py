@@ -5,6 +5,7 @@ transformers saves them.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,3 +185,58 @@ def ask() -> Callable[..., torch.Tensor]:
 def modules() -> Callable[..., None]:
     """`write_modules`."""
     return write_modules
+
+
+JUDGE = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "no", "yes")
+USUAL = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+def judge_prompt(query: str, document: str, instruction: str = USUAL) -> str:
+    """As Qwen3-Reranker's model card writes it."""
+    return (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query "
+        'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        f"<|im_start|>user\n<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+
+
+def write_judge_tokenizer(path: Path, *, without: str = "") -> None:
+    """A token per word of the prompt, and the special ones."""
+    known = [word for word in JUDGE if word != without]
+    words = judge_prompt(" ", " ").replace("<|", " <|").replace("|>", "|> ").split()
+    words += [f"w{i}" for i in range(60)]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(["[UNK]", *known, *words]))}
+    vocab.pop(without, None)
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([word for word in known if word.startswith("<")])
+    core.save(str(path / "tokenizer.json"))
+
+
+@torch.no_grad()
+def judgement(judge: tuple[Path, Any], prompt: str) -> tuple[list[int], torch.Tensor]:
+    """The ids of the whole prompt, and transformers' logits of no and yes after it."""
+    core = tokenizers.Tokenizer.from_file(str(judge[0] / "tokenizer.json"))
+    ids = core.encode(prompt, add_special_tokens=False).ids
+    logits = judge[1](torch.tensor([ids])).logits[0, -1].float()
+    return ids, logits[[core.token_to_id("no"), core.token_to_id("yes")]]
+
+
+@pytest.fixture(scope="session")
+def make_judge(make_model: MakeModel) -> MakeModel:
+    """`make_judge(tied=...)`: a reranker in the form of Qwen3-Reranker."""
+
+    def make(*, tied: bool) -> tuple[Path, Any]:
+        fields = {"vocab_size": 200, "tie_word_embeddings": tied}
+        path, model = make_model("Qwen3Config", "AutoModelForCausalLM", **fields)
+        write_judge_tokenizer(path)
+        return path, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def judging() -> Any:
+    """`judge_prompt`, `judgement` and `write_judge_tokenizer`."""
+    return SimpleNamespace(prompt=judge_prompt, of=judgement, write_tokenizer=write_judge_tokenizer)

@@ -62,9 +62,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(bert: Any, cross: Any, classes: Any, make_model: Any) -> Iterator[Server]:
+def judge(make_judge: Any) -> Any:
+    """Its directory's name says what it is."""
+    path, model = make_judge(tied=True)
+    return path.rename(path.with_name("Qwen3-Reranker-tiny")), model
+
+
+@pytest.fixture(scope="module")
+def server(bert: Any, cross: Any, classes: Any, judge: Any, make_model: Any) -> Iterator[Server]:
     causal, _ = make_model("LlamaConfig", "AutoModelForCausalLM")
     models = {"embed": bert[0], "cross": cross[0], "classes": classes[0], "text": causal}
+    models["judge"] = judge[0]
     server = Server(models)
     server.wait_ready()
     yield server
@@ -216,6 +224,32 @@ def test_rerank_orders_documents(server: Server, cross: Any) -> None:
     for one in cosines:
         near(one["relevance_score"], first @ others[one["index"]])
     assert cosines == sorted(cosines, key=lambda one: -one["relevance_score"])
+
+
+def test_a_decoder_that_says_yes_or_no_reranks(server: Server, judge: Any, judging: Any) -> None:
+    query, documents = "w1 w2", ["w3", "w4 w5 w6", "w7 w8"]
+    told = "Judge the Document provided"
+    for more in ({}, {"instruction": told}):
+        prompts = [judging.prompt(query, one, *more.values()) for one in documents]
+        want = torch.stack([torch.softmax(judging.of(judge, one)[1], 0)[1] for one in prompts])
+        body = {"model": "judge", "query": query, "documents": documents, **more}
+        results = post(server, "/v2/rerank", **body)["results"]
+        assert [one["index"] for one in results] == want.argsort(descending=True).tolist()
+        near([one["relevance_score"] for one in results], want.sort(descending=True).values)
+        body = {"model": "judge", "text_1": query, "text_2": documents, **more}
+        near([one["score"] for one in post(server, "/score", **body)["data"]], want)
+    cut = post(server, "/v1/rerank", model="judge", query=query, documents=["w4 w5 w6 w7"],
+               max_tokens_per_doc=2)  # fmt: skip
+    kept = torch.softmax(judging.of(judge, judging.prompt(query, "w4 w5"))[1], 0)[1]
+    near(cut["results"][0]["relevance_score"], kept)
+    for path, fields in (
+        ("/v1/rerank", {"query": "w1", "documents": ["w2"]}),
+        ("/score", {"text_1": "w1", "text_2": "w2"}),
+    ):
+        for model in ("cross", "embed"):
+            error = refused(server, path, model=model, **fields, instruction=told)
+            assert error["param"] == "instruction"
+    assert refused(server, "/v1/completions", model="judge", prompt="w1")["param"] == "model"
 
 
 def test_documents_are_cut_when_asked_for(server: Server) -> None:

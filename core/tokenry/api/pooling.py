@@ -103,9 +103,9 @@ class Vectors:
         """Longest input."""
         return self._service.engine.ready.max_model_len
 
-    def inputs(self, *, cut: bool = False) -> PooledInputs:
+    def inputs(self, *, cut: bool = False, instruction: str | None = None) -> PooledInputs:
         """Makes inputs as the request wants them; `cut`: to what the model takes, if the request
-        does not say.
+        does not say; `instruction`: of a pair's prompt.
         """
         special, truncate = self._wanted.add_special_tokens, self._wanted.truncate_prompt_tokens
         return PooledInputs(
@@ -113,6 +113,8 @@ class Vectors:
             max_len=self.max_len,
             truncate=-1 if cut and truncate is None else truncate,
             special=True if special is None else special,
+            template=None if self.facts is None else self.facts.template,
+            instruction=instruction,
         )
 
     async def answer(

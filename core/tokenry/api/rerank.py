@@ -29,7 +29,7 @@ Made = tuple[list[float], list[RequestOutput]]
 
 class ScoreRequest(Pooled, frozen=True, kw_only=True):
     """POST /score: text_1 with text_2, or queries with documents; one with many, or pair by
-    pair.
+    pair. instruction: what the model is to judge, where it is told so in words.
     """
 
     text_1: str | list[str] | None = None
@@ -37,6 +37,7 @@ class ScoreRequest(Pooled, frozen=True, kw_only=True):
     queries: str | list[str] | None = None
     documents: str | list[str] | None = None
     use_activation: bool | None = None
+    instruction: str | None = None
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -50,6 +51,7 @@ class RerankRequest(Pooled, frozen=True, kw_only=True):
 
     top_n               how many of the best are answered, None: all.
     max_tokens_per_doc  Cohere's: documents are cut to so many tokens, and to what the model takes.
+    instruction         what the model is to judge, where it is told so in words.
     return_documents    whether results have their texts; None: as the route's owner does it.
     """
 
@@ -59,6 +61,7 @@ class RerankRequest(Pooled, frozen=True, kw_only=True):
     max_tokens_per_doc: int | None = None
     return_documents: bool | None = None
     use_activation: bool | None = None
+    instruction: str | None = None
 
 
 class Scores:
@@ -108,7 +111,7 @@ async def score(request: Request) -> Response:
     check_scores(vectors.facts)
     (_, a), (second, b) = _sides(wanted)
     scores = Scores(vectors, pairs_of(a, b, param=second))
-    inputs = vectors.inputs()
+    inputs = vectors.inputs(instruction=wanted.instruction)
 
     def names(i: int) -> str:
         return f"{second}[{i}]" if len(b) > 1 else second
@@ -189,7 +192,7 @@ async def _rerank(
             f"max_tokens_per_doc must be at least 1, got {most}.", param="max_tokens_per_doc"
         )
     # who lets documents be cut wants an answer: the rest is cut to what the model takes
-    inputs = vectors.inputs(cut=most is not None)
+    inputs = vectors.inputs(cut=most is not None, instruction=wanted.instruction)
     returned = texts if wanted.return_documents is None else wanted.return_documents
 
     def make(outputs: list[RequestOutput]) -> dict[str, Any]:

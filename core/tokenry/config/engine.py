@@ -96,10 +96,13 @@ class EngineConfig:
         "it does not; or another directory or file",
         "auto",
     )
-    task: Literal["auto", "generate", "embed", "score", "classify", "generate+embed"] = option(
-        "what the model is asked for; auto: as its files say (an encoder or a directory of "
-        "sentence-transformers embeds, ...ForSequenceClassification scores or classifies)",
-        "auto",
+    task: Literal["auto", "generate", "embed", "score", "classify", "rerank", "generate+embed"] = (
+        option(
+            "what the model is asked for; auto: as its files say (an encoder or a directory of "
+            "sentence-transformers embeds, ...ForSequenceClassification scores or classifies, "
+            "Qwen3-Reranker reranks)",
+            "auto",
+        )
     )
     pooling: Literal["auto", "cls", "mean", "last"] = option(
         "which tokens make an embedding: the first, all, the last; auto: as the model's files say",

@@ -21,7 +21,7 @@ from torch.nn import functional
 from tokenry.errors import ModelLoadError
 from tokenry.models.encoder import Method
 from tokenry.models.weights import open_checkpoint, read_tensor
-from tokenry.pooling import PoolingParams
+from tokenry.pooling import PairTemplate, PoolingParams
 
 Floats = NDArray[np.float32]
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -38,7 +38,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadLayer:
     """x -> norm(act(W x + b)). name: of the tensors in `folder`'s files. norm: name of a LayerNorm,
-    "" if there is none.
+    "" if there is none. rows: W is the second of these rows of the tensor less the first.
     """
 
     name: str
@@ -49,6 +49,7 @@ class HeadLayer:
     bias: bool = True
     norm: str = ""
     norm_eps: float = 1e-5
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class PoolingPlan:
     head        layers after the pooling.
     act         what turns a classifier's values into probabilities: sigmoid, softmax or identity.
     width       of the result.       labels  names of a classifier's values.
+    template    how a pair of texts becomes one, None: as the tokenizer says.
     matryoshka  sizes that `dimensions` may ask for; (): any up to the width; None: none.
     notes       lines for the start-up log.
     """
@@ -73,6 +75,7 @@ class PoolingPlan:
     act: str = "identity"
     labels: tuple[str, ...] = ()
     matryoshka: tuple[int, ...] | None = None
+    template: PairTemplate | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -128,6 +131,10 @@ def _tensors(layer: HeadLayer, dummy: bool) -> tuple[Tensor, Tensor | None, Tens
             )
         return tensor.float()
 
+    if layer.rows is not None:
+        matrix = read_tensor(checkpoint, f"{layer.name}.weight")
+        less, more = matrix[list(layer.rows)].float()
+        return (more - less)[None], None, None
     bias = read(f"{layer.name}.bias", shape[:1]) if layer.bias else None
     norm = read(f"{layer.norm}.weight", shape[:1]) if layer.norm else None
     return read(f"{layer.name}.weight", shape), bias, norm

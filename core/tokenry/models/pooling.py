@@ -19,6 +19,7 @@ from tokenry.errors import ConfigError, ModelLoadError
 from tokenry.models.config import ENCODERS, ModelConfig, read_json
 from tokenry.models.encoder import Method
 from tokenry.models.head import ACTIVATIONS, HeadLayer, PoolingPlan
+from tokenry.models.reranker import judges, plan_judge
 
 OWN_FILE = "config_sentence_transformers.json"
 MODES: Mapping[str, Method] = {
@@ -42,7 +43,7 @@ def plan_pooling(
 ) -> PoolingPlan | None:
     """What the files and the flags say; None: the model only generates.
 
-    task        --task: auto, generate, embed, score, classify, generate+embed
+    task        --task: auto, generate, embed, score, classify, rerank, generate+embed
     method      --pooling: auto, cls, mean, last
     matryoshka  embeddings may be cut though the files do not say so.
     Raises ConfigError for a task that this model cannot do, ModelLoadError for files that ask for
@@ -52,6 +53,11 @@ def plan_pooling(
     _check_task(config.architecture, kind, task, method)
     if kind == "classifier":
         return _classifier(path, config, method)
+    named = [name for name, _ in _modules(path)]
+    if task == "rerank" or (task in ("auto", "score") and judges(path, config, named)):
+        if method not in ("auto", "last"):
+            raise ConfigError(f"--pooling {method}: a reranker's answer is at the last token.")
+        return plan_judge(path, config)
     modules = (path / "modules.json").is_file()
     if kind == "causal" and (task == "generate" or (task == "auto" and not modules)):
         return None
@@ -85,10 +91,10 @@ def _kind(architecture: str) -> Literal["causal", "headless", "encoder", "classi
 
 def _check_task(architecture: str, kind: str, task: str, method: str) -> None:
     served = {
-        "causal": ("generate", "embed", "score", "generate+embed"),
+        "causal": ("generate", "embed", "score", "rerank", "generate+embed"),
         "headless": ("embed", "score"),
         "encoder": ("embed", "score"),
-        "classifier": ("score", "classify"),
+        "classifier": ("score", "classify", "rerank"),
     }[kind]
     if task != "auto" and task not in served:
         raise ConfigError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenry.errors import RequestError
-from tokenry.pooling import PoolingFacts, PoolingParams
+from tokenry.pooling import PairTemplate, PoolingFacts, PoolingParams
 from tokenry.text.tokenizer import Tokenizer
 
 
@@ -36,6 +36,8 @@ class PooledInputs:
     truncate  most tokens of an input, special ones included; -1: as many as the model takes; None:
               a longer one is refused.
     special   whether the tokens that the model wants around a text are added.
+    template  what a pair is written into, where the model has such; instruction: in it.
+    Raises RequestError for an instruction that no template takes.
     """
 
     def __init__(
@@ -45,7 +47,16 @@ class PooledInputs:
         max_len: int,
         truncate: int | None = None,
         special: bool = True,
+        template: PairTemplate | None = None,
+        instruction: str | None = None,
     ) -> None:
+        if instruction is not None and template is None:
+            raise RequestError(
+                "instruction means nothing for this model: no prompt is written around its texts.",
+                param="instruction",
+            )
+        self._template = template
+        self._instruction = instruction
         self._core = tokenizer.core
         self._max_len = max_len
         self._special = special
@@ -69,6 +80,8 @@ class PooledInputs:
         self, first: str, second: str, param: str, *, second_own: int | None = None
     ) -> PooledInput:
         """Of two texts as one input, of a cross-encoder. second_own: most tokens of the second."""
+        if self._template is not None:
+            return self._judged(self._template, first, second, param, second_own)
         a, b = self._encode(first, param), self._encode(second, param)
         if second_own is not None:
             b.truncate(second_own)
@@ -82,6 +95,26 @@ class PooledInputs:
         where = types.index(1) if 1 in types else None
         ids = tuple(whole.ids)
         return self._checked(PooledInput(token_ids=ids, second_text=where, param=param))
+
+    def _judged(
+        self, t: PairTemplate, first: str, second: str, param: str, second_own: int | None
+    ) -> PooledInput:
+        """The pair in the model's prompt; what is too long is cut at the second text's end."""
+        if second_own is not None:
+            second = self._beginning(second, second_own, param)
+        said = t.instruction if self._instruction is None else self._instruction
+        body = "".join((t.before_instruction, said, t.before_first, first, t.before_second, second))
+        prefix, middle, suffix = (
+            list(self._encode(part, param).ids) for part in (t.prefix, body, t.suffix)
+        )
+        if self._most is not None:
+            middle = middle[: max(0, self._most - len(prefix) - len(suffix))]
+        return self._checked(PooledInput(token_ids=(*prefix, *middle, *suffix), param=param))
+
+    def _beginning(self, text: str, most: int, param: str) -> str:
+        """The text of its first so many tokens."""
+        ends = self._encode(text, param).offsets
+        return text if len(ends) <= most else text[: ends[most - 1][1]]
 
     def _text(self, text: str, param: str, own: int | None) -> PooledInput:
         encoding = self._encode(text, param)
