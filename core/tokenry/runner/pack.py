@@ -7,8 +7,10 @@ buffer is fixed by the bucket, so a captured program always finds its inputs in 
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,11 +32,15 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A launch, ready to copy. `feeds_back`: some token is to be taken from the last step's sampled
-    ones.
+    """A launch, ready to copy.
+
+    host        its arrays.
+    buffer      where they lie, one after the other, in the order of FIELDS.
+    feeds_back  some token is to be taken from the last step's sampled ones.
     """
 
     host: HostBatch
+    buffer: IntArray
     feeds_back: bool
 
 
@@ -58,65 +64,66 @@ def pack(
 ) -> Packed:
     """Fill a launch's arrays; `states` are the requests of its shares, in order."""
     T, S = bucket.tokens, bucket.seqs
-    arrays = _blank(bucket, width)
-    starts = np.array([s.start for s in launch.shares], np.int32)
-    counts = np.array([s.count for s in launch.shares], np.int32)
-    n = len(counts)
-    q = T // S
-    firsts = np.arange(n, dtype=np.int32) * q if uniform_q else np.cumsum(counts) - counts
-    if counts.max() == 1:
-        feeds_back = _fill_single(launch.shares, states, firsts, starts, arrays, block_size)
+    buffer, arrays = _blank(bucket, width)
+    shares = launch.shares
+    counts = [share.count for share in shares]
+    n, q = len(counts), T // S
+    if uniform_q:
+        firsts = list(range(0, n * q, q))
     else:
-        feeds_back = _fill_chunks(launch.shares, states, firsts, arrays, block_size)
+        firsts = list(itertools.accumulate(counts[:-1], initial=0))
+    if max(counts) == 1:
+        feeds_back = _fill_single(shares, states, firsts, arrays, block_size)
+    else:
+        feeds_back = _fill_chunks(shares, states, firsts, arrays, block_size)
     arrays["q_lens"][:n] = counts
-    arrays["seq_lens"][:n] = starts + counts
+    arrays["seq_lens"][:n] = [share.start + share.count for share in shares]
     arrays["q_start"][:n] = firsts
-    rest = np.minimum(np.arange(n, S + 1) * q, T) if uniform_q else int(counts.sum())
+    rest = np.minimum(np.arange(n, S + 1) * q, T) if uniform_q else sum(counts)
     arrays["q_start"][n:] = rest
     if bucket.logits == "all":
         arrays["logit_rows"][:] = np.arange(T, dtype=np.int32)
     else:
-        arrays["logit_rows"][:n] = firsts + counts - 1
-    return Packed(_host_batch(bucket, arrays), feeds_back)
+        lasts = [first + count - 1 for first, count in zip(firsts, counts, strict=True)]
+        arrays["logit_rows"][:n] = lasts
+    return Packed(_host_batch(bucket, arrays), buffer, feeds_back)
 
 
 def _fill_single(
     shares: Sequence[Share],
     states: Sequence[RequestState],
-    firsts: NDArray[Any],
-    starts: IntArray,
+    firsts: Sequence[int],
     arrays: dict[str, IntArray],
     block_size: int,
 ) -> bool:
     """Rows of one token each: known tokens from the host, the others from the device."""
     feeds_back = False
     token_ids, prev_row, table = arrays["token_ids"], arrays["prev_row"], arrays["block_table"]
-    lasts = starts // block_size
-    for i, (at, last, share, state) in enumerate(
-        zip(firsts.tolist(), lasts.tolist(), shares, states, strict=True)
-    ):
-        table[i, : last + 1] = state.blocks[: last + 1]
-        if share.start < state.num_known:
-            token_ids[at] = state.tokens[share.start]
+    positions, slots = arrays["positions"], arrays["slots"]
+    for i, (at, share, state) in enumerate(zip(firsts, shares, states, strict=True)):
+        start, blocks = share.start, state.blocks
+        last, offset = divmod(start, block_size)
+        table[i, : last + 1] = blocks[: last + 1]
+        positions[at] = start
+        slots[at] = int(blocks[last]) * block_size + offset
+        if start < state.num_known:
+            token_ids[at] = state.tokens[start]
         else:
             prev_row[at] = _feedback(state)
             feeds_back = True
-    arrays["positions"][firsts] = starts
-    held = table[np.arange(len(starts)), lasts]
-    arrays["slots"][firsts] = held * block_size + starts % block_size
     return feeds_back
 
 
 def _fill_chunks(
     shares: Sequence[Share],
     states: Sequence[RequestState],
-    firsts: NDArray[Any],
+    firsts: Sequence[int],
     arrays: dict[str, IntArray],
     block_size: int,
 ) -> bool:
     """Rows of any length; only a row's last token can be unknown to the host."""
     feeds_back = False
-    for i, (a, share, state) in enumerate(zip(firsts.tolist(), shares, states, strict=True)):
+    for i, (a, share, state) in enumerate(zip(firsts, shares, states, strict=True)):
         b, end = a + share.count, share.start + share.count
         known = min(end, state.num_known)
         arrays["token_ids"][a : a + known - share.start] = state.tokens[share.start : known]
@@ -141,24 +148,25 @@ def _feedback(state: RequestState) -> int:
     return state.feedback
 
 
-def _blank(bucket: Bucket, width: int) -> dict[str, IntArray]:
-    """Zeroed arrays of a bucket, prev_row -1, as views of one buffer."""
-    sizes = _sizes(bucket, width)
-    buffer = np.zeros(sum(sizes.values()), np.int32)
-    arrays: dict[str, IntArray] = {}
-    at = 0
-    for name, size in sizes.items():
-        arrays[name] = buffer[at : at + size]
-        at += size
+def _blank(bucket: Bucket, width: int) -> tuple[IntArray, dict[str, IntArray]]:
+    """Zeroed arrays of a bucket, prev_row -1, as views of one buffer, which comes first."""
+    rows = bucket.tokens if bucket.logits == "all" else bucket.seqs
+    places = _places(bucket.tokens, bucket.seqs, rows, width)
+    buffer = np.zeros(places[-1].stop, np.int32)
+    arrays: dict[str, IntArray] = {
+        name: buffer[place] for name, place in zip(FIELDS, places, strict=True)
+    }
     arrays["block_table"] = arrays["block_table"].reshape(bucket.seqs, width)
     arrays["prev_row"].fill(-1)
-    return arrays
+    return buffer, arrays
 
 
-def _sizes(bucket: Bucket, width: int) -> dict[str, int]:
-    T, S = bucket.tokens, bucket.seqs
-    R = T if bucket.logits == "all" else S
-    return dict(zip(FIELDS, (T, T, T, T, S + 1, S, S, S * width, R), strict=True))
+@functools.lru_cache(1024)
+def _places(tokens: int, seqs: int, rows: int, width: int) -> tuple[slice, ...]:
+    """Where in the buffer each of the FIELDS lies."""
+    sizes = (tokens, tokens, tokens, tokens, seqs + 1, seqs, seqs, seqs * width, rows)
+    ends = itertools.accumulate(sizes)
+    return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
 
 def blank_batch(
@@ -172,7 +180,7 @@ def blank_batch(
     max_len  most tokens of a request: no row is longer, and what a bucket holds beyond is padding,
              as in a step; None: any length can come.
     """
-    arrays = _blank(bucket, width)
+    arrays = _blank(bucket, width)[1]
     T, S = bucket.tokens, bucket.seqs
     q = max(1, T // S)
     lens = np.full(S, q, np.int32)
@@ -191,20 +199,23 @@ def blank_batch(
     return _host_batch(bucket, arrays)
 
 
-def to_device(host: HostBatch, backend: Backend) -> tuple[StepBatch, Tensor]:
-    """The batch on the device, and prev_row beside it: one buffer, one copy."""
-    host = replace(host, extra={**host.extra, **backend.attn_inputs(host)})
-    named: list[tuple[str, NDArray[Any]]] = [(name, getattr(host, name)) for name in FIELDS]
-    named += [(f"extra.{name}", array) for name, array in host.extra.items()]
-    buffer = np.concatenate([array.reshape(-1) for _, array in named], dtype=np.int32)
+def to_device(
+    host: HostBatch, backend: Backend, buffer: IntArray | None = None
+) -> tuple[StepBatch, Tensor]:
+    """The batch on the device, and prev_row beside it: one buffer, one copy.
+
+    buffer  holds the arrays already, as `Packed` says.
+    """
+    arrays: list[NDArray[Any]] = [getattr(host, name) for name in FIELDS]
+    extra = {**host.extra, **backend.attn_inputs(host)}
+    if buffer is None or extra:
+        arrays += extra.values()
+        buffer = np.concatenate([array.reshape(-1) for array in arrays], dtype=np.int32)
     whole = torch.from_numpy(buffer).to(backend.caps.input_device, non_blocking=True)
-    tensors: dict[str, Tensor] = {}
-    at = 0
-    for name, array in named:
-        tensors[name] = whole[at : at + array.size].view(array.shape)
-        at += array.size
-    prev_row = tensors.pop("prev_row")
-    extra = {
-        n.removeprefix("extra."): tensors.pop(n) for n in list(tensors) if n.startswith("extra.")
-    }
-    return StepBatch(bucket=host.bucket, extra=extra, **tensors), prev_row
+    parts = whole.split_with_sizes([array.size for array in arrays])
+    fields = dict(zip(FIELDS, parts, strict=False))
+    fields["block_table"] = fields["block_table"].view(host.block_table.shape)
+    prev_row = fields.pop("prev_row")
+    more = zip(extra.items(), parts[len(FIELDS) :], strict=True)
+    named = {name: part.view(array.shape) for (name, array), part in more}
+    return StepBatch(bucket=host.bucket, extra=named, **fields), prev_row

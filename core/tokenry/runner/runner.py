@@ -33,7 +33,7 @@ from tokenry.runner.memory import (
     plan_memory,
     with_programs,
 )
-from tokenry.runner.pack import blank_batch, pack, table_width, to_device
+from tokenry.runner.pack import Packed, blank_batch, pack, table_width, to_device
 from tokenry.runner.pooling import Pooler
 from tokenry.runner.probe import run_deep_steps
 from tokenry.runner.programs import Programs
@@ -336,7 +336,7 @@ class ModelRunner:
             block_size=self.block_size,
             uniform_q=caps.shapes.uniform_q,
         )
-        batch = self._batch(packed.host, previous if packed.feeds_back else ())
+        batch = self._batch(packed, previous if packed.feeds_back else ())
         logits = self._programs.run(batch)
         if self._pooler is not None:
             drawn = self._pooler.take(launch, own, logits, partial)
@@ -373,9 +373,9 @@ class ModelRunner:
             mu=state.mu,
         )
 
-    def _batch(self, host: HostBatch, previous: Sequence[Tensor]) -> StepBatch:
+    def _batch(self, packed: Packed, previous: Sequence[Tensor]) -> StepBatch:
         """On the device, with the tokens that the last step sampled put in their places."""
-        batch, prev_row = to_device(host, self._backend)
+        batch, prev_row = to_device(packed.host, self._backend, packed.buffer)
         if not previous:
             return batch
         tokens = previous[0] if len(previous) == 1 else torch.cat(list(previous))
