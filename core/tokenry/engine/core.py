@@ -9,12 +9,14 @@ or processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 from tokenry.engine.gate import Gate, Grammars
 from tokenry.engine.limits import EngineLimits
@@ -26,6 +28,8 @@ from tokenry.plan import StepPlan, StepResult, StepRunner
 
 log = logging.getLogger(__name__)
 Waiter = Callable[[], StepResult]
+Launched = Callable[[], Waiter]
+"""Waits until the step is launched; raises what the launch raised."""
 GATE_PATIENCE_S = 0.005
 """How long a step waits for a grammar where nothing else is to be done; commands wait as long."""
 
@@ -48,7 +52,7 @@ class EngineCore:
         self.limits = limits
         self._scheduler = Scheduler(limits, clock)
         self._runner = runner
-        self._in_flight: deque[tuple[StepPlan, Future[Waiter]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, Launched]] = deque()
         self._gate = Gate(grammars)
         self._told: list[TokensEvent] = []
         self._worker = ThreadPoolExecutor(1, "tokenry-step") if limits.overlap else None
@@ -151,23 +155,22 @@ class EngineCore:
             else:
                 self._told.append(TokensEvent(request_id=request_id))
 
-    def _launch(self, plan: StepPlan) -> Future[Waiter]:
+    def _launch(self, plan: StepPlan) -> Launched:
         if self._worker is not None:
-            return self._worker.submit(self._runner.run, plan)
-        future: Future[Waiter] = Future()
+            return self._worker.submit(self._runner.run, plan).result
         try:
-            future.set_result(self._runner.run(plan))
+            waiter = self._runner.run(plan)
         except Exception as error:  # whatever a step raises belongs to its requests: _finish_oldest
-            future.set_exception(error)
-        return future
+            return functools.partial(_throw, error)
+        return lambda: waiter
 
     def _finish_oldest(self) -> None:
         """Wait for it and book what came; what failed belongs to its requests. Raises DeviceLost,
         with which the engine ends, and so do all requests.
         """
-        plan, future = self._in_flight.popleft()
+        plan, launched = self._in_flight.popleft()
         try:
-            result = future.result()()
+            result = launched()()
         except DeviceLost:
             raise
         except DeviceOOM as error:  # it stays usable: the step is planned anew, and smaller
@@ -179,10 +182,14 @@ class EngineCore:
             cause = str(error) if known else f"{type(error).__name__}: {error}"
             self._scheduler.fail(plan, f"The step failed: {cause}")
         except BaseException:  # an interrupt came first: the step is still in flight
-            self._in_flight.appendleft((plan, future))
+            self._in_flight.appendleft((plan, launched))
             raise
         else:
             self._scheduler.update(plan, result)
+
+
+def _throw(error: Exception) -> NoReturn:
+    raise error
 
 
 def _refusal(request_id: str, error: RequestError) -> TokensEvent:
