@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tokenry.backend.contract import DeviceRef, hookimpl
 from tokenry_cuda.probe import find_device
+from tokenry_triton.gpu.libraries import with_libraries
 
 if TYPE_CHECKING:
     from tokenry_triton.gpu.backend import GpuBackend
@@ -19,12 +20,14 @@ __version__ = "0.1.0"
 ROOT = Path("/")
 NVML = "libnvidia-ml.so.1"
 """The driver's own library, which the linker finds."""
+LIBRARIES = {"flash": ("flash_attn_interface", "flash_attn"), "flashinfer": ("flashinfer",)}
+"""Modules of providers.py."""
 
 
 @hookimpl
 def tokenry_probe() -> DeviceRef | None:
     """What the driver's management library says."""
-    return find_device(ROOT, os.environ, NVML)
+    return with_libraries(find_device(ROOT, os.environ, NVML), LIBRARIES)
 
 
 @hookimpl

@@ -12,7 +12,9 @@ import torch
 
 from tokenry.backend.contract import DeviceRef
 from tokenry.errors import BackendError
-from tokenry_triton.gpu.backend import Gpu, GpuBackend
+from tokenry_cuda.providers import PROVIDERS
+from tokenry_triton.gpu.backend import GpuBackend
+from tokenry_triton.gpu.choice import Gpu
 from tokenry_triton.gpu.options import GpuOptions
 
 TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
@@ -34,6 +36,7 @@ def open_device(device: DeviceRef, options: Mapping[str, str]) -> GpuBackend:
         arch=f"sm_{sm}",
         dtypes=wide,
         fp8="e4m3fn" if sm >= FP8_SM else "none",
+        attention=PROVIDERS,
     )
     return GpuBackend(gpu, chosen)
 

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING
 
 from tokenry.backend.contract import DeviceRef, hookimpl
 from tokenry_rocm.probe import find_device
+from tokenry_triton.gpu.libraries import with_libraries
 
 if TYPE_CHECKING:
     from tokenry_triton.gpu.backend import GpuBackend
 
 __version__ = "0.1.0"
 ROOT = Path("/")
+LIBRARIES = {"aiter": ("aiter",)}
+"""Modules of providers.py."""
 
 
 @hookimpl
 def tokenry_probe() -> DeviceRef | None:
     """What the kernel's driver shows below /dev and /sys."""
-    return find_device(ROOT, os.environ)
+    return with_libraries(find_device(ROOT, os.environ), LIBRARIES)
 
 
 @hookimpl

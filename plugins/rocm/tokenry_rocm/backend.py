@@ -11,7 +11,9 @@ import torch
 
 from tokenry.backend.contract import DeviceRef
 from tokenry.errors import BackendError
-from tokenry_triton.gpu.backend import Gpu, GpuBackend
+from tokenry_rocm.providers import PROVIDERS
+from tokenry_triton.gpu.backend import GpuBackend
+from tokenry_triton.gpu.choice import Gpu
 from tokenry_triton.gpu.options import GpuOptions
 
 TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/rocm6.4"
@@ -42,5 +44,6 @@ def open_device(device: DeviceRef, options: Mapping[str, str]) -> GpuBackend:
         arch=arch,
         dtypes=("bfloat16", "float16", "float32"),
         fp8="e4m3fnuz" if arch in FNUZ else "e4m3fn" if arch in OCP else "none",
+        attention=PROVIDERS,
     )
     return GpuBackend(gpu, chosen)

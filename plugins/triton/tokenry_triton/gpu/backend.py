@@ -6,11 +6,8 @@ FP8 it has. Steps run on the current stream; the host waits only in the function
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,29 +19,14 @@ from tokenry.backend.contract import Caps, KVPlan, KVSpec, MemoryInfo, ShapeRule
 from tokenry.backend.ops import OpTable
 from tokenry.backend.reference import ReferenceOp
 from tokenry.errors import ConfigError
+from tokenry_triton.gpu.choice import Gpu, block_sizes, pick_ops, tuner_of
 from tokenry_triton.gpu.graphs import Captures
 from tokenry_triton.gpu.memory import plan_kv, read_memory, typed_errors
-from tokenry_triton.gpu.ops import torch_ops
 from tokenry_triton.gpu.options import GpuOptions
 
-log = logging.getLogger("tokenry.gpu")
 MIB = 2**20
 QUANT = frozenset({"int8", "int4"})
 """What Triton's products have of the formats that `--quantization` knows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """What a plugin knows of the device.
-
-    arch  of the kernels' launch tables: sm_90, gfx942, ...
-    """
-
-    backend: str
-    index: int
-    arch: str
-    dtypes: tuple[str, ...]
-    fp8: Literal["none", "e4m3fn", "e4m3fnuz"]
 
 
 class GpuBackend(Backend):
@@ -60,7 +42,8 @@ class GpuBackend(Backend):
         self._options = options
         self._captures = Captures(gpu.index)
         self._side: Any = torch.cuda.Stream(gpu.index)  # type: ignore[no-untyped-call]  # torch's
-        self._ops = pick_ops(gpu, options)
+        self._tuner = tuner_of(gpu, options)
+        self._ops = pick_ops(gpu, options, self._tuner)
         quantizes = hasattr(self._ops["linear"], "quantize") and hasattr(
             self._ops["moe"], "quantize"
         )
@@ -68,7 +51,7 @@ class GpuBackend(Backend):
             input_device=f"cuda:{gpu.index}",
             dtypes=gpu.dtypes,
             fp8=gpu.fp8,
-            block_sizes=(16, 32, 64),
+            block_sizes=block_sizes(self._ops),
             shapes=ShapeRules(mixed_tokens=options.graph_tokens),
             quant=QUANT if quantizes else frozenset(),
             batch_invariant=options.deterministic == "true",
@@ -113,10 +96,16 @@ class GpuBackend(Backend):
         return wait
 
     def plan_kv(self, spec: KVSpec, budget: int, probe: Callable[[], None] | None) -> KVPlan:
-        """With the probe's real peak, and memory kept for programs."""
+        """With the probe's real peak, and memory kept for programs.
+
+        A tuner measures the tiles of the largest step before.
+        """
         kept: int | None = self._options.graph_memory * MIB or None
         if self.caps.graphs == "none":
             kept = 0
+        if self._tuner is not None and probe is not None:
+            with self._tuner.warm_up(), typed_errors("the largest step, to tune it", self._index):
+                probe()
         return plan_kv(self._index, spec, budget, probe, programs=kept)
 
     def alloc_kv(self, spec: KVSpec, num_blocks: int) -> KV:
@@ -147,6 +136,9 @@ class GpuBackend(Backend):
         if self.caps.graphs == "none":
             return step
         with torch.accelerator.device_index(self._index):
+            if self._tuner is not None:  # a launch cannot be measured while it is captured
+                with self._tuner.warm_up():
+                    step(example)
             replay = self._captures.make(step, example)
 
         def program(batch: StepBatch) -> Tensor:
@@ -198,23 +190,3 @@ def _arrays(
         found.append(raw.view(empty.dtype).reshape(shape))
         at += size
     return found
-
-
-def pick_ops(gpu: Gpu, options: GpuOptions) -> Mapping[str, Op]:
-    """Triton's kernels where they are wanted and installed, over those of plain torch."""
-    plain = torch_ops(gpu.fp8, fp8_linear=options.linear == "fp8")
-    if options.kernels == "torch":
-        return plain
-    missing = [m for m in ("triton", "tokenry_triton.ops") if find_spec(m) is None]
-    if missing:
-        text = f"The {gpu.backend} backend has no Triton kernels here ({missing[0]} is missing)"
-        if options.kernels == "triton" or options.deterministic == "true":
-            raise ConfigError(f"{text}.", mend="pip install triton, or kernels=torch")
-        log.warning("%s: plain torch computes instead, more slowly.", text)
-        return plain
-    from tokenry_triton.ops import triton_ops
-
-    found = dict(triton_ops(gpu.arch, {"deterministic": options.deterministic}))
-    if options.linear == "fp8":
-        found.pop("linear", None)  # torch's own FP8 product
-    return {**plain, **found}

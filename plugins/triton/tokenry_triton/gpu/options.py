@@ -13,6 +13,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "graphs": ("capture", "none"),
     "linear": ("model", "fp8"),
     "deterministic": ("false", "true"),
+    "attention": ("auto", "flash", "flashinfer", "aiter"),
+    "tune": ("false", "true"),
 }
 
 NUMBERS: Mapping[str, int] = {"graph_tokens": 256, "graph_memory": 1024}
@@ -29,6 +31,8 @@ class GpuOptions:
              activations as they come, one scale per token
     deterministic  true: Triton's kernels in shapes that do not depend on the batch, so that a
              request's bits do not either
+    attention  auto: the kernels' own; else a library's where it can (a vendor has some of them)
+    tune     true: tiles of Triton's kernels are measured in warm-up and kept in a file
     graph_tokens  mixed steps (prompts beside answers) of up to so many tokens are captured, too
     graph_memory  MiB kept for programs when the KV is planned; 0: as much as the largest step took
     """
@@ -37,6 +41,8 @@ class GpuOptions:
     graphs: str = "capture"
     linear: str = "model"
     deterministic: str = "false"
+    attention: str = "auto"
+    tune: str = "false"
     graph_tokens: int = 128
     graph_memory: int = 0
 
@@ -56,13 +62,15 @@ class GpuOptions:
                     f"--backend-option {key}={value}: it is one of {', '.join(CHOICES[key])}.",
                     mend=f"--backend-option {key}={CHOICES[key][0]}",
                 )
+        foreign = {"kernels": "torch", "linear": "fp8"}
         if values.get("deterministic") == "true" and (
-            values.get("kernels") == "torch" or values.get("linear") == "fp8"
+            any(values.get(key) == value for key, value in foreign.items())
+            or values.get("attention", "auto") != "auto"
         ):
             raise ConfigError(
-                "--backend-option deterministic=true is for Triton's kernels: torch's choose their "
+                "--backend-option deterministic=true is for Triton's kernels: others choose their "
                 "sums by the number of rows.",
-                mend="leave out kernels=torch and linear=fp8",
+                mend="leave out kernels=torch, linear=fp8 and attention",
             )
         for key, example in NUMBERS.items():
             text = values.get(key, "0")

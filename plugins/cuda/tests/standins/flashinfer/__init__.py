@@ -1,0 +1,1 @@
+"""A stand-in of FlashInfer's package."""
