@@ -6,6 +6,7 @@ from tokenry import LLM, SamplingParams
 from tokenry.assemble import assemble
 from tokenry.config import EngineConfig
 from tokenry.engine.limits import EngineLimits
+from tokenry.errors import ContextLengthExceeded
 
 TEXTS = ["Once upon a time there was a king", "The wolf", "In a deep forest " * 4, "a"]
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -50,6 +51,20 @@ def test_without_one_the_context_is_fitted_to_the_step_and_told(backend, chunks)
     note = next(note for note in made.ready.notes if note.startswith("max_model_len = 64: "))
     assert "--max-model-len" in note
     made.engine.close()
+
+
+@pytest.mark.parametrize("model_len", [None, 24, 96], ids=["fitted", "narrower", "wider"])
+def test_a_prompt_that_would_need_two_steps_is_beyond_the_context(model_len):
+    with LLM(
+        "demo", backend="cpu", enable_chunked_prefill=False, max_model_len=model_len, **SMALL
+    ) as llm:
+        context = llm.ready.max_model_len
+        assert context == (model_len or 64)
+        one = SamplingParams(max_tokens=1)
+        with pytest.raises(ContextLengthExceeded, match=f"{context}"):
+            llm.generate({"prompt_token_ids": [5] * context}, one, use_tqdm=False)
+        (answer,) = llm.generate({"prompt_token_ids": [5] * (context - 1)}, one, use_tqdm=False)
+        assert len(answer.outputs[0].token_ids) == 1
 
 
 def test_limits_that_would_need_a_chunk_cannot_be_made():

@@ -176,9 +176,6 @@ def assemble(
         notes=tuple(notes),
         sampling_defaults=defaults,
         limits=RequestLimits(
-            max_prompt_tokens=(
-                None if config.enable_chunked_prefill else config.max_num_batched_tokens
-            ),
             max_top_k=backend.caps.sample_max_top_k,
             priorities=config.scheduling_policy != "fcfs",
             logits_processors=tuple(sorted(processors)),

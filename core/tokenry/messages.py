@@ -135,7 +135,6 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """What of a well-formed request this engine cannot serve, so that a front refuses it before it
     starts.
 
-    max_prompt_tokens   longest prompt, where a prompt cannot take several steps.
     max_top_k           largest top_k that the device draws from.
     priorities          whether the queue knows priorities.
     logits_processors   names of those installed; None: not told.
@@ -145,7 +144,6 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
                         if none.
     """
 
-    max_prompt_tokens: int | None = None
     max_top_k: int | None = None
     priorities: bool = False
     logits_processors: tuple[str, ...] | None = None

@@ -221,7 +221,6 @@ def test_refused_completion_keeps_its_code_and_is_told_the_senders_own_field(pro
 @pytest.mark.parametrize(
     ("limits", "params", "more", "param"),
     [
-        ({"max_prompt_tokens": 2}, {}, {"param": "messages"}, "messages"),
         ({"max_top_k": 64}, {"top_k": 65}, {}, "top_k"),
         ({"logits_processors": ("a",)}, {"logits_processor": "b"}, {}, "logits_processor"),
         ({"logits_processors": ()}, {"logits_processor": "b"}, {}, "logits_processor"),
@@ -229,7 +228,7 @@ def test_refused_completion_keeps_its_code_and_is_told_the_senders_own_field(pro
         ({"priorities": True}, {}, {"priority": 1.5}, "priority"),
         ({"priorities": True}, {}, {"priority": 2**31}, "priority"),
     ],
-    ids=["prompt", "top_k", "unknown", "none-installed", "fcfs", "fraction", "far"],
+    ids=["top_k", "unknown", "none-installed", "fcfs", "fraction", "far"],
 )
 def test_what_the_engine_cannot_serve_is_refused_before_it_starts(
     tokenizer, limits, params, more, param

@@ -73,7 +73,7 @@ def _model(model: ServedModel, asked: list[Endpoint]) -> dict[str, Any]:
         "architecture": ready.architecture,
         "dtype": ready.dtype,
         "max_model_len": ready.max_model_len,
-        "max_prompt_tokens": limits.max_prompt_tokens or ready.max_model_len - 1,
+        "max_prompt_tokens": ready.max_model_len - 1,
         "max_top_k": limits.max_top_k,
         "priorities": limits.priorities,
         "generates": limits.tokens,

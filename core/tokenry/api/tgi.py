@@ -60,7 +60,7 @@ async def info(request: Request) -> Response:
             "max_concurrent_requests": config.max_num_seqs,
             "max_best_of": MAX_BEST_OF,
             "max_stop_sequences": 64,
-            "max_input_tokens": ready.limits.max_prompt_tokens or ready.max_model_len - 1,
+            "max_input_tokens": ready.max_model_len - 1,
             "max_total_tokens": ready.max_model_len,
             "max_batch_total_tokens": ready.num_blocks * ready.block_size,
             "validation_workers": 1,

@@ -82,16 +82,7 @@ class Admission:
         if not prompt_ids:
             raise RequestError("The prompt is empty: it has no token.", param=param)
         check_whole(param, prompt_ids)
-        num_prompt, most = len(prompt_ids), self._limits.max_prompt_tokens
-        _check_room(num_prompt, asked, self._max_model_len, param)
-        if most is not None and num_prompt > most:
-            raise RequestError(
-                f"The prompt has {num_prompt} tokens, a step has {most}, and chunked prefill is "
-                "off.",
-                param=param,
-                code="context_length_exceeded",
-                mend=f"--max-num-batched-tokens {num_prompt}, or --enable-chunked-prefill",
-            )
+        _check_room(len(prompt_ids), asked, self._max_model_len, param)
 
     def _check_limits(self, params: SamplingParams, priority: int) -> None:
         limits, name = self._limits, params.logits_processor
