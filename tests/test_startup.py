@@ -1,5 +1,6 @@
 """What a start tells: the same on every front, and never silently another thing."""
 
+import gc
 import io
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from tokenry import LLM, SamplingParams
 from tokenry.messages import Ready
-from tokenry.startup import StartLog, describe
+from tokenry.startup import StartLog, collector_paused, describe
 
 READY = Ready(
     max_model_len=100,
@@ -103,3 +104,18 @@ def test_the_command_line_tells_on_stderr_and_answers_on_stdout(quiet):
     assert (FITTED in done.stderr) is not quiet
     assert ("memory: runtime " in done.stderr) is not quiet
     assert quiet is (done.stderr == "")
+
+
+def test_the_collector_runs_again_after_it_was_paused():
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="wrong"), collector_paused():
+        assert not gc.isenabled()
+        raise ValueError("wrong")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled(), "it was off before"
+    finally:
+        gc.enable()

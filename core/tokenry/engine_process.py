@@ -11,6 +11,7 @@ parent's. Knows no HTTP and no text; run as
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -278,10 +279,14 @@ def _load_and_run(config: EngineConfig, factory: str, socket: zmq.Socket[bytes],
     engine: Any = None
     try:
         send(Progress(phase="importing"))
-        assembled = find_factory(factory)(
-            config, lambda phase, share: send(Progress(phase=phase, share=share))
-        )
+        gc.disable()  # importing torch makes half a million objects, and no garbage
+        try:
+            make = find_factory(factory)
+        finally:
+            gc.enable()
+        assembled = make(config, lambda phase, share: send(Progress(phase=phase, share=share)))
         engine = assembled.engine
+        gc.freeze()  # what the start made stays: no later collection need look through it
         process = EngineProcess(engine, socket)
         threading.Thread(target=process.beat, args=(pulse,), daemon=True).start()
         send(assembled.ready)

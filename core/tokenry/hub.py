@@ -42,11 +42,13 @@ def find_model(name: str, revision: str | None = None) -> Path:
     Raises ModelLoadError that names similar models and the way out.
     """
     path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
     provided = _provided()
     # A directory that only happens to have the name of a model (as `demo/` in our own repository)
     # is not meant.
     named = name in provided or name in EXTRAS
-    if path.is_dir() and (not named or (path / "config.json").is_file()):
+    if path.is_dir() and not named:
         return path
     if path.is_file():
         raise ModelLoadError(

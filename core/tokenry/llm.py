@@ -32,7 +32,7 @@ from tokenry.pooling import (
     PoolingParams,
     ScoringOutput,
 )
-from tokenry.startup import StartLog, describe
+from tokenry.startup import StartLog, collector_paused, describe
 from tokenry.text.outputs import OutputProcessor, Update
 from tokenry.text.pooling import PooledInput
 from tokenry.text.tokenizer import Tokenizer
@@ -78,7 +78,8 @@ class LLM:
     ) -> None:
         self.config = load(EngineConfig, {"model": str(model), **_own_names(config)})
         check_installed(self.config.backend)
-        from tokenry.assemble import assemble
+        with collector_paused():
+            from tokenry.assemble import assemble
 
         log = StartLog(shown=progress)
         directory = find_model(self.config.model, self.config.revision)

@@ -8,15 +8,31 @@ Imports no torch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from tokenry.messages import Progress, Ready
 
 EVERY_S = 5.0
 POLL_S = 0.05
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Inside, nobody looks for cyclic garbage: importing torch makes half a million objects that
+    all stay, and looking through them again and again is a tenth of the import.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def describe(ready: Ready) -> list[str]:
