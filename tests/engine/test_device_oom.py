@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import OracleRunner, drain, expected, limits, request, tokens_of
+from test_beam_search import BeamRunner, beam_request
 
 from tokenry.engine.core import EngineCore
 from tokenry.engine.retreat import ALONE_TRIES, PATIENCE, Retreat
@@ -149,3 +150,23 @@ def test_bounds_shrink_to_what_fits_and_come_back():
     whole = Retreat(limits(chunked_prefill=False, max_num_batched_tokens=64))
     whole.shrink(1, 64)
     assert (whole.rows, whole.tokens) == (1, 64)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in step", "overlapped"])
+def test_a_beam_search_finds_the_same_answers(overlap):
+    def answers(ooms):
+        runner = BeamRunner(4)
+        runner.oom_at = ooms
+        engine = EngineCore(limits(overlap=overlap, num_blocks=20), runner)
+        engine.add(beam_request("beams", range(2, 13), 3))
+        engine.add(request("other", [3] * 7))
+        events = drain(engine)
+        assert engine.stats().num_device_ooms == len(ooms)
+        assert engine.stats().kv_usage == 0
+        return {name: tokens_of(e) for name, e in events.items()}
+
+    want = answers({})
+    assert len(want) == 4
+    for step in range(1, 7):
+        for where in ("before", "middle", "wait"):
+            assert answers({step: where, step + 2: where}) == want, (step, where)
