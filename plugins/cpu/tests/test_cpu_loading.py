@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tokenry_cpu import native
+from tokenry_cpu import loading, native
 from tokenry_cpu.loading import let_go, mapping_of
 from tokenry_cpu.memory import _status
 
@@ -121,3 +121,34 @@ def test_the_peak_while_loading_is_little_more_than_the_packed_model(tmp_path):
         if (dtype, quantization) == ("float32", ""):
             assert told["packed"] > 150 * 2**20
             assert told["peak"] < 1.15 * (told["packed"] + embedding)
+
+
+def test_memory_that_comes_where_a_file_was_is_not_taken_for_it(file):
+    """A mapping is known by a tensor that lies in it: it cannot go while it is remembered."""
+
+    def stream():
+        with safe_open(str(file), framework="pt") as tensors:
+            tensor = tensors.get_tensor("t0")
+        begin, end = mapping_of(tensor.data_ptr())
+        yield "t0", tensor
+        del tensor
+        own = [torch.full((end - begin,), 7, dtype=torch.uint8) for _ in range(4)]
+        assert all(not begin <= t.data_ptr() < end for t in own)
+        yield from ((str(i), t) for i, t in enumerate(own))
+
+    for name, tensor in let_go(stream()):
+        assert name == "t0" or (tensor == 7).all()
+
+
+def test_a_file_is_looked_up_once_and_given_back_all_along(file, monkeypatch):
+    asked, resident = [], []
+    monkeypatch.setattr(loading, "mapping_of", lambda at: asked.append(at) or mapping_of(at))
+    monkeypatch.setattr(loading, "BATCH_BYTES", 2 * 2**20)
+    before = _status(Path("/"), "RssFile")
+    with safe_open(str(file), framework="pt") as tensors:
+        every = ((f"t{i}", tensors.get_tensor(f"t{i}")) for i in range(8))
+        for _, tensor in let_go(every):
+            tensor.sum()
+            resident.append(_status(Path("/"), "RssFile") - before)
+    assert len(asked) == 1
+    assert max(resident) < 5 * 2**20, resident

@@ -2,7 +2,7 @@
 
 The core maps weight files and hands out tensors that lie in the mapping. Whatever has been read of
 it stays resident until the file is closed, so that a model would be in memory twice at the end of
-loading. Here the pages are let go tensor by tensor; a part that keeps its tensor (an embedding)
+loading. Here the pages are let go after some tensors; a part that keeps its tensor (an embedding)
 gets those that it touches again from the file.
 """
 
@@ -17,22 +17,35 @@ from tokenry.backend.base import WeightIter
 from tokenry_cpu import native
 
 MAPS = Path("/proc/self/maps")
-TRIM_BYTES = 16 * 2**20
+BATCH_BYTES = 16 * 2**20
+"""Bytes of tensors after which what was read of the file, and holes in the heap, are given back."""
 
 
 def let_go(weights: WeightIter) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors; when the next one is asked for, the file of the last leaves memory."""
-    library, untrimmed = native.library(), 0
+    """The same tensors; as the next ones are asked for, the file of the last ones leaves memory."""
+    library, read = native.library(), 0
+    last: Tensor | None = None
+    span: tuple[int, int] | None = None
+
+    def flush() -> None:
+        if span is not None:
+            library.tk_let_go(span[0], span[1] - span[0])
+        library.tk_trim()  # copies on the way leave holes in the heap
+
     for name, tensor in weights:
         yield name, tensor
-        at = mapping_of(tensor.data_ptr())
-        if at is not None:
-            library.tk_let_go(at[0], at[1] - at[0])
-        untrimmed += tensor.nbytes
-        if untrimmed > TRIM_BYTES:  # copies on the way leave holes in the heap
-            library.tk_trim()
-            untrimmed = 0
-    library.tk_trim()
+        at = tensor.data_ptr()
+        if span is None or not span[0] <= at < span[1]:
+            if span is not None:
+                flush()
+            span = mapping_of(at)
+            last = None if span is None else tensor  # as long as it is here, so is the mapping
+        read += tensor.nbytes
+        if read > BATCH_BYTES:
+            flush()
+            read = 0
+    flush()
+    del last
 
 
 def mapping_of(address: int) -> tuple[int, int] | None:
