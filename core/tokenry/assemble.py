@@ -151,7 +151,10 @@ def assemble(
     pools_whole = pooling is not None and pooling.method != "last"
     engine = Engine(
         replace(
-            _limits(config, runner), pools_whole=pools_whole, forks=backend.caps.phases.chunked
+            _limits(config, runner),
+            overlap_from=backend.caps.overlap_from,
+            pools_whole=pools_whole,
+            forks=backend.caps.phases.chunked,
         ),
         runner,
         GrammarCompiler(lambda: _vocabulary(config, path, spec.vocab_size)) if tokens else None,

@@ -110,6 +110,9 @@ class Caps:
                       token ids (refused at open: the core cannot drive such a device yet).
     sample_max_top_k  requests beyond it are refused, None: no limit.
     token_feedback    the next step can take its token ids from the previous one on the device.
+    overlap_from      requests of a step from which it pays to plan the next one while it runs: 1,
+                      always, where the host has nothing else to do; more where the device's work
+                      is done by the host's own cores.
     batch_invariant   a claim, tested if made: the bits of a row do not depend on the other rows or
                       on chunking.
     invariant_option  where it is not claimed: the `key=value` option with which the backend, opened
@@ -129,6 +132,7 @@ class Caps:
     sampling: Literal["logits", "tokens"] = "logits"
     sample_max_top_k: int | None = None
     token_feedback: bool = True
+    overlap_from: int = 1
     dist: str | None = None
     quant: frozenset[str] = frozenset()
     batch_invariant: bool = False
