@@ -135,3 +135,19 @@ def test_other_errors_and_results_pass():
     with pytest.raises(RuntimeError, match="shapes differ"):
         Runner().run(StepPlan(step=1))
     assert Runner().run(StepPlan(step=2))() == StepResult(step=2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_vectors_are_those_of_a_run_without_the_fault(model, pooling):
+    """A pooled request begins anew: the sum of its rows so far cannot be taken back."""
+
+    def vectors(*options):
+        limits = {**LIMITS, "max_num_batched_tokens": 16, "task": "embed", "pooling": pooling}
+        with LLM(model, backend="sim-cuda", backend_option=options, **limits) as llm:
+            found = llm.embed(PROMPTS, use_tqdm=False)
+            return torch.tensor([v.outputs.embedding for v in found]), llm.get_metrics()
+
+    want, _ = vectors()
+    got, stats = vectors("oom_at=2,3,6,9,11,15")
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert (stats.num_device_ooms, stats.step_failures) == (6, 0)
