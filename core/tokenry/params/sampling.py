@@ -1,20 +1,19 @@
-"""How one request wants its tokens drawn, and when it ends: names and defaults as users of vLLM
-know them.
+"""`SamplingParams`: every parameter of drawing and ending, its default, meaning and range.
 
-In: keyword arguments from Python or decoded JSON. Out: a frozen, validated struct that crosses
-processes as msgpack.
-Every field that cannot be served is an error that names the field; nothing is dropped in silence.
+In: keyword arguments. Out: the struct, checked. Its values are as they were given, but for lists,
+which are tuples, and dicts of a watermark or a structured output, which are structs.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from tokenry.errors import RequestError
+from tokenry.params.checks import as_tuple, check_range, check_whole
+from tokenry.params.watermark import Watermark, as_watermark
 from tokenry.structured import StructuredOutputs, structured_outputs
 
 MAX_LOGPROBS = 20
@@ -24,32 +23,6 @@ MAX_BREAKERS, MAX_BREAKER = 16, 64
 """Most `dry_sequence_breakers`, and most characters of one: each is looked for in the text of every
 token.
 """
-
-
-class Watermark(
-    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
-):
-    """How an answer is marked so that who has the key can tell it (see `tokenry watermark`).
-
-    scheme    kgw: of each context, gamma of the tokens are green and get delta more (arXiv
-              2301.10226); gumbel: the token with the largest r ** (1 / p) is taken (Aaronson 2022).
-    key       of the hash, 64 bits.   context: how many tokens before are hashed with it.
-    """
-
-    scheme: Literal["kgw", "gumbel"]
-    key: int = 0
-    gamma: float = 0.25
-    delta: float = 2.0
-    context: int = 1
-
-    def __post_init__(self) -> None:
-        if self.scheme not in ("kgw", "gumbel"):
-            text = f"The watermark scheme must be kgw or gumbel, got {self.scheme!r}."
-            raise RequestError(text, param="watermark.scheme")
-        _range("watermark.key", self.key, 0, 2**64 - 1, whole=True)
-        _range("watermark.gamma", self.gamma, 0, 0.99, open_low=True)
-        _range("watermark.delta", self.delta, 0, 100, open_low=True)
-        _range("watermark.context", self.context, 1, 16, whole=True)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -156,18 +129,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words", "dry_sequence_breakers"):
             value = getattr(self, name)
-            self._set(name, (value,) if isinstance(value, str) else _tuple(name, value))
+            self._set(name, (value,) if isinstance(value, str) else as_tuple(name, value))
         for name in ("stop_token_ids", "dry_breaker_ids"):
-            self._set(name, _tuple(name, getattr(self, name)))
-        words = _tuple("bad_words_ids", self.bad_words_ids)
-        self._set("bad_words_ids", tuple(_tuple("bad_words_ids", word) for word in words))
+            self._set(name, as_tuple(name, getattr(self, name)))
+        words = as_tuple("bad_words_ids", self.bad_words_ids)
+        self._set("bad_words_ids", tuple(as_tuple("bad_words_ids", word) for word in words))
         if self.allowed_token_ids is not None:
-            ids = _tuple("allowed_token_ids", self.allowed_token_ids)
+            ids = as_tuple("allowed_token_ids", self.allowed_token_ids)
             self._set("allowed_token_ids", ids)
         if self.structured_outputs is not None:
             self._set("structured_outputs", structured_outputs(self.structured_outputs))
         if isinstance(self.watermark, dict):
-            self._set("watermark", _watermark(self.watermark))
+            self._set("watermark", as_watermark(self.watermark))
         self._check_types()
         self._check_ranges()
 
@@ -222,21 +195,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check_whole("logit_bias", tuple(self.logit_bias or ()))
 
     def _check_ranges(self) -> None:
-        _range("n", self.n, 1, 128, whole=True)
-        _range("temperature", self.temperature, 0, 100)
-        _range("top_p", self.top_p, 0, 1, open_low=True)
-        _range("top_k", self.top_k, -1, 2**31 - 1, whole=True)
-        _range("min_p", self.min_p, 0, 1)
-        _range("presence_penalty", self.presence_penalty, -2, 2)
-        _range("frequency_penalty", self.frequency_penalty, -2, 2)
-        _range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
+        check_range("n", self.n, 1, 128, whole=True)
+        check_range("temperature", self.temperature, 0, 100)
+        check_range("top_p", self.top_p, 0, 1, open_low=True)
+        check_range("top_k", self.top_k, -1, 2**31 - 1, whole=True)
+        check_range("min_p", self.min_p, 0, 1)
+        check_range("presence_penalty", self.presence_penalty, -2, 2)
+        check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        check_range("repetition_penalty", self.repetition_penalty, 0, 100, open_low=True)
         self._check_extras()
         self._check_beams()
         if self.seed is not None:
-            _range("seed", self.seed, -(2**63), 2**64 - 1, whole=True)
+            check_range("seed", self.seed, -(2**63), 2**64 - 1, whole=True)
         if self.max_tokens is not None:
-            _range("max_tokens", self.max_tokens, 0, 2**31 - 1, whole=True)
-        _range("min_tokens", self.min_tokens, 0, 2**31 - 1, whole=True)
+            check_range("max_tokens", self.max_tokens, 0, 2**31 - 1, whole=True)
+        check_range("min_tokens", self.min_tokens, 0, 2**31 - 1, whole=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.max_tokens}).",
@@ -245,17 +218,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
-                _range(name, value, 0, MAX_LOGPROBS, whole=True)
+                check_range(name, value, 0, MAX_LOGPROBS, whole=True)
         for name in ("ttft_target_ms", "tpot_target_ms", "deadline_ms"):
             value = getattr(self, name)
             if value is not None:
-                _range(name, value, 0, 1e9, open_low=True)
+                check_range(name, value, 0, 1e9, open_low=True)
         for token, bias in (self.logit_bias or {}).items():
-            _range(f"logit_bias.{token}", bias, -100, 100)
+            check_range(f"logit_bias.{token}", bias, -100, 100)
 
     def _check_beams(self) -> None:
-        _range("beam_width", self.beam_width, 0, 64, whole=True)
-        _range("length_penalty", self.length_penalty, -100, 100)
+        check_range("beam_width", self.beam_width, 0, 64, whole=True)
+        check_range("length_penalty", self.length_penalty, -100, 100)
         if self.early_stopping not in (True, False, "never"):
             text = f"early_stopping must be true, false or 'never', got {self.early_stopping!r}."
             raise RequestError(text, param="early_stopping")
@@ -277,21 +250,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 )
 
     def _check_extras(self) -> None:
-        _range("typical_p", self.typical_p, 0, 1, open_low=True)
-        _range("top_n_sigma", self.top_n_sigma, -1, 1000)
-        _range("xtc_probability", self.xtc_probability, 0, 1)
-        _range("xtc_threshold", self.xtc_threshold, 0, 1)
+        check_range("typical_p", self.typical_p, 0, 1, open_low=True)
+        check_range("top_n_sigma", self.top_n_sigma, -1, 1000)
+        check_range("xtc_probability", self.xtc_probability, 0, 1)
+        check_range("xtc_threshold", self.xtc_threshold, 0, 1)
         if self.mirostat not in (0, 2) or isinstance(self.mirostat, bool):
             raise RequestError(
                 f"mirostat must be 0 (off) or 2, got {self.mirostat!r}.", param="mirostat"
             )
-        _range("mirostat_tau", self.mirostat_tau, 0, 1000)
-        _range("mirostat_eta", self.mirostat_eta, 0, 100)
-        _range("dry_multiplier", self.dry_multiplier, 0, 1000)
-        _range("dry_base", self.dry_base, 1, 1000)
-        _range("dry_allowed_length", self.dry_allowed_length, 1, 10_000, whole=True)
-        _range("dry_range", self.dry_range, 0, 2**31 - 1, whole=True)
-        _range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10_000, whole=True)
+        check_range("mirostat_tau", self.mirostat_tau, 0, 1000)
+        check_range("mirostat_eta", self.mirostat_eta, 0, 100)
+        check_range("dry_multiplier", self.dry_multiplier, 0, 1000)
+        check_range("dry_base", self.dry_base, 1, 1000)
+        check_range("dry_allowed_length", self.dry_allowed_length, 1, 10_000, whole=True)
+        check_range("dry_range", self.dry_range, 0, 2**31 - 1, whole=True)
+        check_range("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10_000, whole=True)
         mark = self.watermark
         if mark is not None and mark.scheme == "gumbel" and self.greedy:
             text = "The gumbel watermark needs a temperature above 0: nothing is drawn at 0."
@@ -355,43 +328,3 @@ def default_params(defaults: Mapping[str, int | float], **given: Any) -> Samplin
     if most is not None:
         values["max_tokens"] = most if asked is None else min(asked, most)
     return SamplingParams(**values)
-
-
-def check_whole(name: str, ids: Sequence[object], *, param: str | None = None) -> None:
-    """Raises RequestError if one of the ids is no int; `param` if the field has another name."""
-    if not set(map(type, ids)) <= {int}:
-        wrong = next(i for i in ids if type(i) is not int)
-        raise RequestError(
-            f"{name} has the token id {wrong!r}, which is a {type(wrong).__name__}, not a whole "
-            "number.",
-            param=param or name,
-            mend="a list of ints; an array's .tolist() is one",
-        )
-
-
-def _watermark(given: dict[str, Any]) -> Watermark:
-    try:
-        return Watermark(**given)
-    except TypeError as error:
-        raise RequestError(f"watermark: {error}.", param="watermark") from error
-
-
-def _tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise RequestError(f"{name} must be a list, got {value!r}.", param=name)
-    return tuple(value)
-
-
-def _range(
-    name: str, value: float, low: float, high: float, *, open_low: bool = False, whole: bool = False
-) -> None:
-    kinds = (int,) if whole else (int, float)
-    bad = isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value)
-    if bad or value < low or value > high or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        what = "a whole number in" if whole else "in"
-        raise RequestError(
-            f"{name} must be {what} {bracket}{low}, {high}], got {value!r}.", param=name
-        )
