@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported first: befo
 
 import pytest
 import triton_interpreter
-from triton_addresses import checked
+from triton_addresses import TALLY, checked, table
 
 triton_interpreter.install()
 
@@ -18,3 +18,10 @@ def addresses():
     """Every test's kernels are checked for addresses and writers."""
     with checked() as checker:
         yield checker
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was interpreted (not where workers ran the tests)."""
+    if TALLY:
+        terminalreporter.section("Triton's interpreter, against the reference ops")
+        terminalreporter.write("\n".join(table()) + "\n")

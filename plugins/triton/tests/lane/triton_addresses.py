@@ -14,6 +14,10 @@ import torch
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+TALLY = {}
+"""Kernel -> what the tests of this process did with it: launches, lanes checked, types of its
+tensors."""
+
 
 class BadAddress(AssertionError):
     """A load or store outside every argument, or two programs that store to one place."""
@@ -27,13 +31,16 @@ class Checker:
         self.writers = {}
         self.accesses = 0
 
-    def begin(self, arguments):
+    def begin(self, kernel, arguments):
         """A launch with these (host copies of) arguments."""
+        self.entry = TALLY.setdefault(kernel, {"launches": 0, "lanes": 0, "types": set()})
+        self.entry["launches"] += 1
         self.ranges.clear()
         self.writers.clear()
         for argument in arguments:
             tensor = getattr(argument, "base", argument)
             if isinstance(tensor, torch.Tensor) and tensor.numel():
+                self.entry["types"].add(str(tensor.dtype).removeprefix("torch."))
                 storage = tensor.untyped_storage()
                 self.ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
 
@@ -50,6 +57,7 @@ class Checker:
                 f"{what}: {int((~good).sum())} of {at.size} lanes outside every argument"
             )
         self.accesses += at.size
+        self.entry["lanes"] += at.size
         return at
 
     def store(self, pointers, mask, program):
@@ -70,7 +78,7 @@ def checked():
 
     def init(self, args, kwargs):
         out = begin(self, args, kwargs)
-        checker.begin([*out[0], *out[1].values()])
+        checker.begin(self.fn.__name__, [*out[0], *out[1].values()])
         return out
 
     def checked_load(self, pointers, mask, *rest):
@@ -90,3 +98,11 @@ def checked():
         GridExecutor._init_args_hst = begin
         InterpreterBuilder.create_masked_load = load
         InterpreterBuilder.create_masked_store = store
+
+
+def table():
+    """Lines of TALLY, a kernel each."""
+    yield f"{'interpreted':14}{'launches':>10}{'lanes checked':>16}  types of its tensors"
+    for kernel, entry in sorted(TALLY.items()):
+        types = " ".join(sorted(entry["types"]))
+        yield f"{kernel:14}{entry['launches']:>10}{entry['lanes']:>16}  {types}"

@@ -14,6 +14,13 @@ from tokenry.backend.contract import Bucket
 from tokenry_triton.launch import arch_of
 from tokenry_triton.ops import triton_ops
 
+FEW = {"sm_100", "gfx90a"}
+"""Architectures for which only HOT is compiled: for the others the rest tells the same."""
+HOT = {
+    "norm", "decode 128", "split decode 128", "prefill 128", "prefill 64 sinks", "greedy",
+    "linear int8 few", "linear int4 many", "linear fp8 many", "moe few", "moe many",
+}  # fmt: skip
+
 
 def meta(*shape, dtype=torch.bfloat16):
     """A tensor without memory."""
@@ -25,7 +32,8 @@ def scenes(target):
     arch = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
     ops = triton_ops(arch)
     fp8 = arch_of(arch).fp8
-    return {**rows(ops), **attention(ops, fp8), **sample(ops), **products(ops, fp8)}
+    found = {**rows(ops), **attention(ops, fp8), **sample(ops), **products(ops, fp8)}
+    return {name: call for name, call in found.items() if arch not in FEW or name in HOT}
 
 
 def rows(ops):
@@ -55,11 +63,17 @@ def batch(phase, tokens, seqs, blocks):
 
 
 def attention(ops, fp8):
-    """Decode, split decode and prefill of Llama-3.1-8B, Qwen3-like 64-wide heads, Gemma-2."""
+    """Decode, split decode and prefill of Llama-3.1-8B, Qwen3-like 64-wide heads, Gemma-2, and
+    GPT-OSS's layers with sinks.
+    """
 
     def call(phase, tokens, seqs, blocks, heads, kv_heads, dim, kv="bfloat16", **rule):
         q, k = meta(tokens, heads + kv_heads, dim).split_with_sizes((heads, kv_heads), 1)
         kv = meta(2, 1000, 16, kv_heads, dim, dtype=getattr(torch, kv))
+        if rule.get("sinks"):
+            rule["sinks"] = meta(heads)
+        if rule.get("kv_scales"):
+            rule["kv_scales"] = meta(2, kv_heads, dtype=torch.float32)
         ops["attention"](q, k, k, kv, batch(phase, tokens, seqs, blocks), scale=0.1, **rule)
 
     gemma = {"window": 4096, "softcap": 50.0}
@@ -72,8 +86,13 @@ def attention(ops, fp8):
         "decode 256 window softcap": partial(call, "decode", 64, 64, 32, 8, 4, 256, **gemma),
         "prefill 256 window softcap": partial(call, "prefill", 2048, 4, 512, 8, 4, 256, **gemma),
     }
+    oss = {"window": 128, "sinks": True}
+    found["split decode 64 sinks"] = partial(call, "decode", 64, 64, 512, 64, 8, 64, **oss)
+    found["prefill 64 sinks"] = partial(call, "prefill", 2048, 4, 512, 64, 8, 64, **oss)
     if fp8:
-        found["decode 128 fp8 kv"] = partial(call, "decode", 64, 64, 512, 32, 8, 128, fp8)
+        found["decode 128 fp8 kv scaled"] = partial(
+            call, "decode", 64, 64, 512, 32, 8, 128, fp8, kv_scales=True
+        )
     return found
 
 
