@@ -9,7 +9,7 @@ INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHEC
 TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 ALL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: serve test lint quick slow test-kernels bench bench-cpu test-gpu bench-gpu sanitize xla test-clients test-ui test-lm-eval docs clean
+.PHONY: serve test lint quick slow test-kernels bench bench-cpu test-gpu bench-gpu sanitize xla test-clients test-ui docs clean
 
 serve: $(VENV)/serve
 	@HF_HUB_OFFLINE=$${HF_HUB_OFFLINE:-$(if $(filter demo,$(MODEL)),1,0)} $(BIN)/tokenry serve $(MODEL) --port $(PORT) $(ARGS)
@@ -75,20 +75,18 @@ build/xla/installed:
 
 # official clients against a demo server: a matrix of checks and clients at the end. Online, because
 # huggingface_hub's client otherwise asks nobody, not even 127.0.0.1
-test-clients: $(VENV)/clients
+test-clients: $(VENV)/clients build/lm-eval/installed
 	$(subst HF_HUB_OFFLINE=1,HF_HUB_OFFLINE=0,$(TEST)) tests/clients $(ARGS)
 
 # the page in chromium (apt install chromium chromium-driver), screenshots into build/ui; skips without
 test-ui: $(VENV)/ui
 	$(TEST) tests/ui $(ARGS)
 
-# the evaluation harness has a venv of its own (a GB: pandas, scipy, pyarrow), so CI leaves it out
-test-lm-eval: $(VENV)/dev build/lm-eval/installed
-	$(TEST) tests/clients/lm_eval/test_lm_eval.py $(ARGS)
-
-build/lm-eval/installed:
-	$(PYTHON) -m venv build/lm-eval/venv
-	build/lm-eval/venv/bin/pip install -q "lm_eval[api]==0.4.13"
+# the evaluation harness lies beside .venv: its 300 MB (pandas, pyarrow) are no client's of ours
+build/lm-eval/installed: $(VENV)/clients tests/clients/lm_eval/requirements.txt
+	@echo "tokenry: installing the evaluation harness (10 seconds)"
+	@rm -rf build/lm-eval
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-compile --target build/lm-eval/site -r tests/clients/lm_eval/requirements.txt
 	@touch $@
 
 docs: $(VENV)/dev

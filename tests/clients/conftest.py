@@ -20,6 +20,8 @@ if not any("clients" in Path(arg).parts for arg in sys.argv[1:]):
 _NAME = re.compile(r"test_c(\d\d)_([a-z]+)_")
 _SIGNS = {"passed": "pass", "failed": "FAIL", "skipped": "skip"}
 _CELLS: dict = {}
+_SUMMARY: list = []
+"""What schemathesis says at its end."""
 
 
 def _server_class():
@@ -98,6 +100,8 @@ def pytest_runtest_logreport(report):
         return
     cell = _CELLS.setdefault((int(found[1]), found[2]), [])
     cell.append(_SIGNS[report.outcome])
+    if found[2] == "schemathesis":
+        _SUMMARY[:] = re.findall(r"^=+ SUMMARY =+$.*", report.capstdout, re.MULTILINE | re.DOTALL)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -105,6 +109,10 @@ def pytest_terminal_summary(terminalreporter):
         return
     clients = sorted({client for _, client in _CELLS})
     width = max(9, *(len(client) for client in clients)) + 2
+    for summary in _SUMMARY:
+        terminalreporter.section("schemathesis against /openapi.json")
+        for line in summary.splitlines()[1:]:
+            terminalreporter.line(line)
     terminalreporter.section("check x client")
     terminalreporter.line("     " + "".join(client.ljust(width) for client in clients))
     for check in sorted({check for check, _ in _CELLS}):

@@ -1,16 +1,18 @@
 """C24, C25: the evaluation harness scores the demo model through /v1/completions, with the server's
-own tokenizer, and finds what the server's log-probabilities say. Run by `make test-lm-eval`.
+own tokenizer, and finds what the server's log-probabilities say. Run by `make test-clients`, which installs
+the harness beside .venv: see requirements.txt.
 """
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-PROGRAM = Path(os.environ.get("LM_EVAL", HERE.parents[2] / "build/lm-eval/venv/bin/lm_eval"))
+SITE = Path(os.environ.get("LM_EVAL_SITE", HERE.parents[2] / "build/lm-eval/site"))
 ITEMS = [
     ("Once upon a", [" time", " stone", " the"]),
     ("There was once a king who had a", [" daughter", " of", " computer"]),
@@ -29,7 +31,7 @@ def score(http, text, choice):
 
 
 def test_c24_lmeval_scores_are_the_servers(http, url, tmp_path):
-    assert PROGRAM.exists(), "make test-lm-eval installs the harness"
+    assert (SITE / "lm_eval").is_dir(), "make test-clients installs the harness"
     expected = [max(choices, key=lambda c, t=text: score(http, t, c)) for text, choices in ITEMS]
     data = tmp_path / "king.jsonl"
     with data.open("w") as file:
@@ -42,7 +44,16 @@ def test_c24_lmeval_scores_are_the_servers(http, url, tmp_path):
     args = f"model=demo,base_url={url}/v1/completions,tokenizer_backend=remote,num_concurrent=2"
     done = subprocess.run(
         [
-            *(str(PROGRAM), "run", "--model", "local-completions", "--model_args", args),
+            *(
+                sys.executable,
+                "-m",
+                "lm_eval",
+                "run",
+                "--model",
+                "local-completions",
+                "--model_args",
+                args,
+            ),
             *("--tasks", "king", "--include_path", str(tmp_path)),
             *("--output_path", str(tmp_path / "out"), "--log_samples"),
         ],
@@ -50,7 +61,12 @@ def test_c24_lmeval_scores_are_the_servers(http, url, tmp_path):
         text=True,
         check=False,
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SITE),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        },
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (samples,) = (tmp_path / "out").rglob("samples_king*.jsonl")
