@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokenry.errors import ConfigError, ModelLoadError, RequestError
+from tokenry.errors import ConfigError, ModelLoadError, RequestError, UnknownArchitecture
 from tokenry.pooling import PoolingParams
 
 
@@ -72,6 +72,14 @@ def test_models_that_were_not_made_for_it_are_refused(
         open_llm(llama, task="rerank")
     with pytest.raises(ConfigError, match="--task rerank: a BertModel serves embed, score"):
         open_llm(bert[0], task="rerank")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "architectures": ["T5EncoderModel"]})
+    )
+    judging.write_tokenizer(tmp_path)
+    with pytest.raises(UnknownArchitecture, match="T5EncoderModel has no native") as refused:
+        open_llm(tmp_path)
+    assert "Bert" in str(refused.value.mend) and "Qwen3ForCausalLM" in str(refused.value.mend)
     with pytest.raises(ConfigError, match="--pooling mean"):
         open_llm(judge[0], task="rerank", pooling="mean")
     other = tmp_path / "other"

@@ -96,12 +96,12 @@ def load_spec(
         length = max_model_len or served_len(path, model)
         return load_encoder(path, model, pooling, dtype=dtype, max_model_len=length, dummy=dummy)
     length = max_model_len or (model.max_len if pooling is None else served_len(path, model))
-    model = replace(model, architecture=_causal(model.architecture))
+    said, model = model.architecture, replace(model, architecture=_causal(model.architecture))
     entry = NATIVE.get(model.architecture)
     if entry is None and pooling is not None:
         raise UnknownArchitecture(
-            f"{model.architecture} has no native implementation here, and only those give vectors.",
-            mend=f"one of {', '.join(NATIVE)}",
+            f"{said} has no native implementation here, and only those give vectors.",
+            mend=f"an encoder ({', '.join(ENCODERS)}), or one of {', '.join(NATIVE)}",
         )
     if entry is None:
         from tokenry.models.fallback import load_fallback
