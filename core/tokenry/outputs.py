@@ -1,6 +1,6 @@
 """What a caller gets back: names as users of vLLM know them.
 
-Made by `text/` from the engine's events; read by `llm.py`, `async_engine.py` and `api/`.
+Made by `text/` from the engine's events; read by `llm/`, `async_engine.py` and `api/`.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""The offline Python API: a model in this process, prompts in, finished outputs back.
+"""`LLM`: one object with the model, the engine and the methods that users call.
 
-In: prompts or conversations with SamplingParams. Out: `RequestOutput`s in the order of the prompts.
-The same engine and the same messages as the server, without its processes: this thread steps the
-engine until every request is answered.
+In: prompts, conversations or texts. Out: their outputs, in their order. What may be given instead
+of a list, and under which names, is inputs.py's; vectors and scores are vectors.py's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +17,10 @@ import msgspec
 from tokenry.backend.discovery import check_installed
 from tokenry.beam_search import BeamSearchOutput, BeamSearchParams, sequences_of
 from tokenry.config import EngineConfig, load
-from tokenry.errors import ConfigError, EngineDead, RequestError
+from tokenry.errors import EngineDead, RequestError
 from tokenry.hub import find_model
+from tokenry.llm.bar import Bar
+from tokenry.llm.inputs import Prompt, as_list, as_prompts, one_each, own_names
 from tokenry.messages import Ready, Stats, TokensEvent
 from tokenry.outputs import RequestOutput
 from tokenry.params import SamplingParams, default_params
@@ -41,18 +41,9 @@ from tokenry.vectors import Text, Vectors
 if TYPE_CHECKING:
     from tokenry.assemble import Assembled
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": ...} / {"prompt_token_ids": ...}."""
 Conversation = Sequence[Mapping[str, Any]]
 MakeProcessor = Callable[[Mapping[str, Any]], Callable[..., Any]]
 """extra_args -> (known token ids [n] int32, logits [vocab]) -> logits [vocab]."""
-
-_ALIASES = {
-    "gpu_memory_utilization": "memory_fraction",
-    "kv_cache_memory_bytes": "kv_cache_bytes",
-    "num_gpu_blocks_override": "num_kv_blocks",
-}
-"""vLLM's names for options that mean exactly what ours do."""
 
 
 class LLM:
@@ -76,7 +67,7 @@ class LLM:
         progress: bool = True,
         **config: Any,
     ) -> None:
-        self.config = load(EngineConfig, {"model": str(model), **_own_names(config)})
+        self.config = load(EngineConfig, {"model": str(model), **own_names(config)})
         check_installed(self.config.backend)
         with collector_paused():
             from tokenry.assemble import assemble
@@ -115,7 +106,7 @@ class LLM:
         Raises RequestError if a prompt cannot be served (then none was started), StepFailed if one
         failed.
         """
-        many = _prompts(prompts)
+        many = as_prompts(prompts)
         encoded = [self._encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(many)]
         return self._run(encoded, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
@@ -249,7 +240,7 @@ class LLM:
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             return prompt, self._tokenizer.encode(prompt)
-        return None, _list(prompt, where)
+        return None, as_list(prompt, where)
 
     def _vectors(self, truncate: int | None, use_tqdm: bool) -> Vectors:
         def run(inputs: Sequence[PooledInput], params: PoolingParams) -> list[RequestOutput]:
@@ -270,7 +261,7 @@ class LLM:
         pooling: Sequence[PoolingParams] | None = None,
     ) -> list[RequestOutput]:
         given = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        all_params = _one_each(given, len(prompts))
+        all_params = one_each(given, len(prompts))
         ranks = list(priority) if priority is not None else [0] * len(prompts)
         if len(ranks) != len(prompts):
             raise RequestError(
@@ -301,7 +292,7 @@ class LLM:
 
     def _finish(self, ids: Sequence[str], *, use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
-        with _Bar(len(ids), shown=use_tqdm) as bar:
+        with Bar(len(ids), shown=use_tqdm) as bar:
             while len(done) < len(ids):
                 if not self._engine.has_work():
                     raise EngineDead(
@@ -324,76 +315,3 @@ class LLM:
             update = self._processor.update(event) if isinstance(event, TokensEvent) else None
             if update is not None:
                 yield update
-
-
-class _Bar:
-    """Progress of a call on stderr: finished prompts, and tokens per second in and out."""
-
-    def __init__(self, total: int, *, shown: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=total, desc="Prompts", unit=" prompt", disable=not shown)
-        self._start_s = time.monotonic()
-        self._num_in = 0
-        self._num_out = 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def finished(self, output: RequestOutput) -> None:
-        """Count a finished prompt."""
-        self._num_in += len(output.prompt_token_ids)
-        self._num_out += sum(len(completion.token_ids) for completion in output.outputs)
-        seconds = max(time.monotonic() - self._start_s, 1e-9)
-        self._bar.set_postfix_str(
-            f"in {self._num_in / seconds:.1f} tok/s, out {self._num_out / seconds:.1f} tok/s",
-            refresh=False,
-        )
-        self._bar.update()
-
-
-def _own_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    own: dict[str, Any] = {}
-    for name, value in config.items():
-        target = _ALIASES.get(name, name)
-        if target in own:
-            raise ConfigError(
-                f"{name} and {target} are the same option.", mend=f"give only {target}"
-            )
-        own[target] = value
-    return own
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    try:
-        return list(value)
-    except TypeError:
-        what = "None" if value is None else f"a {type(value).__name__}"
-        raise RequestError(
-            f"{where} is {what}; it must be a text, token ids, or a list of such.", param=where
-        ) from None
-
-
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt or several; a list of ints is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    many: list[Any] = _list(prompts, "prompts")
-    return [many] if many and isinstance(many[0], int) else many
-
-
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams], count: int
-) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise RequestError(
-            f"{len(params)} sampling_params for {count} prompts.",
-            param="sampling_params",
-            mend="give one for all, or one per prompt",
-        )
-    return list(params)
