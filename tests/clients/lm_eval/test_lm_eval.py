@@ -1,6 +1,6 @@
 """C24, C25: the evaluation harness scores the demo model through /v1/completions, with the server's
-own tokenizer, and finds what the server's log-probabilities say. Run by `make test-clients`, which installs
-the harness beside .venv: see requirements.txt.
+own tokenizer, and finds what the server's log-probabilities say. Run by `make test-clients`, which
+installs the harness beside .venv: see requirements.txt.
 """
 
 import json
