@@ -34,21 +34,35 @@ def score(logits: Tensor, tokens: Tensor, k: int) -> Scores:
     On the host some rows at a time: a table of all would be memory that the weights could have. A
     row's figures do not depend on the others.
     """
-    if logits.device.type != "cpu" or len(logits) <= ROWS_AT_ONCE:
-        return _score(logits, tokens, k)
-    split = zip(torch.split(logits, ROWS_AT_ONCE), torch.split(tokens, ROWS_AT_ONCE), strict=True)
-    parts = [_score(rows, ids, k).tensors for rows, ids in split]
-    chosen, rank, top_logprobs, top_tokens = (torch.cat(same) for same in zip(*parts, strict=True))
-    return Scores(chosen=chosen, rank=rank, top_logprobs=top_logprobs, top_tokens=top_tokens)
+    n, vocab = logits.shape
+    if logits.device.type != "cpu" or n <= ROWS_AT_ONCE:
+        return _scores(torch.log_softmax(logits.float(), dim=-1), tokens, k)
+    table = torch.empty((ROWS_AT_ONCE, vocab))
+    k = min(k, vocab)
+    # made first: what is made between two tables keeps the heap from using their place again
+    whole = Scores(
+        chosen=torch.empty(n),
+        rank=torch.empty(n, dtype=torch.int64),
+        top_logprobs=torch.empty((n, k)),
+        top_tokens=torch.empty((n, k), dtype=torch.int64),
+    )
+    for begin in range(0, n, ROWS_AT_ONCE):
+        end = min(n, begin + ROWS_AT_ONCE)
+        rows = table[: end - begin]
+        torch.log_softmax(logits[begin:end].float(), dim=-1, out=rows)
+        some = _scores(rows, tokens[begin:end], k)
+        for to, part in zip(whole.tensors, some.tensors, strict=True):
+            to[begin:end] = part
+    return whole
 
 
-def _score(logits: Tensor, tokens: Tensor, k: int) -> Scores:
-    table = torch.log_softmax(logits.float(), dim=-1)
+def _scores(table: Tensor, tokens: Tensor, k: int) -> Scores:
+    """Of log-probabilities [n, vocab]."""
     chosen = table.gather(1, tokens.long()[:, None])
     top = table.topk(min(k, table.shape[1]), dim=-1)
     return Scores(
         chosen=chosen[:, 0],
-        rank=(table > chosen).sum(-1) + 1,
+        rank=(table > chosen).sum(-1, dtype=torch.int32).long() + 1,  # 64-bit sums copy the table
         top_logprobs=top.values,
         top_tokens=top.indices,
     )
