@@ -110,6 +110,8 @@ class Caps:
                       token ids (refused at open: the core cannot drive such a device yet).
     sample_max_top_k  requests beyond it are refused, None: no limit.
     token_feedback    the next step can take its token ids from the previous one on the device.
+    pinned_inputs     a step's inputs are copied from page-locked memory: elsewhere the driver may
+                      wait for the steps before it.
     overlap_from      requests of a step from which it pays to plan the next one while it runs: 1,
                       always, where the host has nothing else to do; more where the device's work
                       is done by the host's own cores.
@@ -132,6 +134,7 @@ class Caps:
     sampling: Literal["logits", "tokens"] = "logits"
     sample_max_top_k: int | None = None
     token_feedback: bool = True
+    pinned_inputs: bool = False
     overlap_from: int = 1
     dist: str | None = None
     quant: frozenset[str] = frozenset()

@@ -211,7 +211,10 @@ def to_device(
     if buffer is None or extra:
         arrays += extra.values()
         buffer = np.concatenate([array.reshape(-1) for array in arrays], dtype=np.int32)
-    whole = torch.from_numpy(buffer).to(backend.caps.input_device, non_blocking=True)
+    source = torch.from_numpy(buffer)
+    if backend.caps.pinned_inputs:
+        source = source.pin_memory()
+    whole = source.to(backend.caps.input_device, non_blocking=True)
     parts = whole.split_with_sizes([array.size for array in arrays])
     fields = dict(zip(FIELDS, parts, strict=False))
     fields["block_table"] = fields["block_table"].view(host.block_table.shape)

@@ -191,7 +191,7 @@ simdevice.report({"same": got == want, "ooms": stats.num_device_ooms, "held": he
     assert found["after"] - found["held"] < 64 << 10, "the steps that did not fit are still held"
 
 
-def test_results_are_copied_on_a_stream_of_their_own_which_the_host_alone_waits_for(h200):
+def test_inputs_come_from_pinned_memory_and_results_go_there_on_a_stream_of_their_own(h200):
     found = on_device(
         h200,
         """
@@ -207,13 +207,22 @@ with device.no_host_sync():
     torch.cuda.Event.record = record
     x.add_(100)
 got = wait()
-simdevice.report({"values": [a.tolist() for a in got], "streams": events,
+to, pinned = torch.Tensor.to, []
+def watched(tensor, *args, **kwargs):
+    pinned.append(tensor.is_pinned())
+    return to(tensor, *args, **kwargs)
+torch.Tensor.to = watched
+with device.no_host_sync():
+    batch(backend, 3)
+torch.Tensor.to = to
+simdevice.report({"pinned": pinned, "values": [a.tolist() for a in got], "streams": events,
                   "now": torch.cuda.current_stream().stream_id,
                   "copies": device.counts().async_copies_to_host})
 """,
     )
     assert found["values"] == [[0, 1, 2, 3, 4], [[1.0] * 3] * 2, []]
     assert found["copies"] == 1
+    assert found["pinned"] == [True]
     assert found["streams"][-1] not in (None, found["now"])
 
 

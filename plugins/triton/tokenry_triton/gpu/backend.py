@@ -56,6 +56,7 @@ class GpuBackend(Backend):
             quant=QUANT if quantizes else frozenset(),
             batch_invariant=options.deterministic == "true",
             invariant_option="deterministic=true",
+            pinned_inputs=True,
             graphs="none" if options.graphs == "none" else "capture",
             # nccl is torch's name for RCCL, too; builds without it (Windows) have gloo
             dist="nccl" if torch.distributed.is_nccl_available() else "gloo",
