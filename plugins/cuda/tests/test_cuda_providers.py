@@ -62,107 +62,103 @@ def on_device(h200, script, job, env=None):
 
 
 TRY = """
-found = []
-backend = opened(job["name"], job["arch"])
-for case in job["cases"]:
-    standin_paged.CALLS.clear()
-    case = {"dtype": "bfloat16", "block_size": backend.caps.block_sizes[0]} | job["heads"] | case
-    wrong = trial(backend, AttentionCase(**case | {"works": tuple(map(tuple, case["works"]))}))
-    found.append([wrong, dict(standin_paged.CALLS)])
-simdevice.report(found)
+found = {}
+for name, arch, cases in job["tried"]:
+    backend = opened(name, arch)
+    rows = found[f"{name} {arch}"] = []
+    for case in cases:
+        standin_paged.CALLS.clear()
+        case = {"dtype": "bfloat16", "block_size": backend.caps.block_sizes[0]} | case
+        works = tuple(map(tuple, case.pop("works")))
+        wrong = trial(backend, AttentionCase(works=works, **job["heads"] | case))
+        rows.append([wrong, dict(standin_paged.CALLS)])
+found["pages"] = {arch: opened("flash", arch).caps.block_sizes for arch in ("sm_80", "sm_90")}
 """
-
-
-@pytest.mark.parametrize(
-    ("name", "arch", "left"),
-    [("flash", "sm_90", [7]), ("flash", "sm_80", [7]), ("flashinfer", "sm_90", [0, 2, 4, 5, 6, 7])],
-)
-def test_a_library_gives_the_dense_answer_or_leaves_it_to_the_own_kernels(h200, name, arch, left):
-    cases = [*CASES, {"works": LONG}] if arch == "sm_80" else CASES
-    job = {"name": name, "arch": arch, "cases": cases, "heads": HEADS}
-    found = on_device(h200, TRY, job)
-    assert [wrong for wrong, _ in found] == [None] * len(cases)
-    # old tokens are written first, as a prefill: a decode of the library's is seen by its own count
-    for i, (case, (_, calls)) in enumerate(zip(cases, found, strict=True)):
-        phase = "decode" if all(new == 1 for _, new in case["works"]) else "varlen"
-        assert (calls.get(phase, 0) > 0) == (i not in left), (case, calls)
-
-
 REFUSALS = """
-from tokenry_triton.gpu import providers
 q = torch.zeros(2, 4, 64, dtype=torch.float16, device="cuda")
 kv = torch.zeros(2, 3, 16, 2, 64, dtype=torch.float16, device="cuda")
 table = torch.ones(2, 2, dtype=torch.int32, device="cuda")
 lens = torch.ones(2, dtype=torch.int32, device="cuda")
 workspace = torch.zeros(32 << 20, dtype=torch.uint8, device="cuda")
 import flash_attn, flash_attn_interface, flashinfer.decode
+three = flash_attn_interface.flash_attn_with_kvcache
+decode = flashinfer.decode.trtllm_batch_decode_with_kv_cache
+rule = {"softmax_scale": 1.0, "causal": True}
 calls = {
-    "float32": lambda: flash_attn_interface.flash_attn_with_kvcache(
-        q[:, None].float(), *kv.float(), cache_seqlens=lens, page_table=table,
-        softmax_scale=1.0, causal=True),
-    "int64": lambda: flash_attn_interface.flash_attn_with_kvcache(
-        q[:, None], *kv, cache_seqlens=lens.long(), page_table=table, softmax_scale=1.0,
-        causal=True),
+    "float32": lambda: three(
+        q[:, None].float(), *kv.float(), cache_seqlens=lens, page_table=table, **rule),
+    "int64": lambda: three(q[:, None], *kv, cache_seqlens=lens.long(), page_table=table, **rule),
     "page": lambda: flash_attn.flash_attn_with_kvcache(
-        q[:, None], *kv, cache_seqlens=lens, block_table=table, softmax_scale=1.0, causal=True),
-    "layout": lambda: flashinfer.decode.trtllm_batch_decode_with_kv_cache(
-        q, tuple(kv), workspace, table, lens, 32, 1.0),
-    "dirty": lambda: flashinfer.decode.trtllm_batch_decode_with_kv_cache(
-        q, tuple(kv), workspace + 1, table, lens, 32, 1.0, kv_layout="NHD"),
-    "name": lambda: flash_attn_interface.flash_attn_with_kvcache(
-        q[:, None], *kv, block_table=table),
+        q[:, None], *kv, cache_seqlens=lens, block_table=table, **rule),
+    "layout": lambda: decode(q, tuple(kv), workspace, table, lens, 32, 1.0),
+    "dirty": lambda: decode(q, tuple(kv), workspace + 1, table, lens, 32, 1.0, kv_layout="NHD"),
+    "name": lambda: three(q[:, None], *kv, block_table=table),
 }
-found = {}
+found["refused"] = {}
 for name, call in calls.items():
     try:
         call()
-        found[name] = None
     except TypeError as error:
-        found[name] = str(error)
-simdevice.report(found)
-"""
-
-
-def test_the_stand_ins_refuse_what_the_libraries_refuse(h200):
-    found = on_device(h200, REFUSALS, {})
-    assert found.pop("float32").endswith("float32")
-    assert "cache_seqlens is torch.int64" in found.pop("int64")
-    assert "divisible by 256" in found.pop("page")
-    assert "HND with pages" in found.pop("layout")
-    assert "not 0 at first use" in found.pop("dirty")
-    assert "unexpected keyword argument 'block_table'" in found.pop("name")
-    assert not found
-
-
-MISSING = """
-found = {arch: opened("flash", arch).caps.block_sizes for arch in ("sm_80", "sm_90")}
+        found["refused"][name] = str(error)
 sys.path.pop(0)
 for name in ("flash_attn_interface", "flash_attn", "flashinfer"):
-    sys.modules.pop(name, None)
-for name, arch in job:
+    sys.modules.pop(name)
+found["missing"] = {}
+for name, arch in job["missing"]:
     try:
         opened(name, arch)
     except ConfigError as error:
-        found[f"{name} {arch}"] = [str(error), str(error.mend)]
+        found["missing"][f"{name} {arch}"] = [str(error), str(error.mend)]
 simdevice.report(found)
 """
+TRIED = [
+    ("flash", "sm_90", CASES), ("flash", "sm_80", [*CASES, {"works": LONG}]),
+    ("flashinfer", "sm_90", CASES),
+]  # fmt: skip
+LEFT = {"flash sm_90": [7], "flash sm_80": [7], "flashinfer sm_90": [0, 2, 4, 5, 6, 7]}
+"""Cases that the library does not have: the own op does them."""
+MISSING = [("flash", "sm_90"), ("flashinfer", "sm_90"), ("flashinfer", "sm_80"), ("aiter", "sm_90")]
 
 
-def test_pages_are_the_library_s_and_what_is_not_there_is_said_with_the_mend(h200):
-    asked = [
-        ("flash", "sm_90"),
-        ("flashinfer", "sm_90"),
-        ("flashinfer", "sm_80"),
-        ("aiter", "sm_90"),
-    ]
-    found = on_device(h200, MISSING, asked)
-    assert found.pop("sm_80") == [256]
-    assert found.pop("sm_90") == [16, 32, 64]
-    assert found.keys() == {f"{name} {arch}" for name, arch in asked}
-    assert "pip install flash-attn" in found["flash sm_90"][1]
-    assert "pip install flashinfer" in found["flashinfer sm_90"][1]
-    assert "this is sm_80" in found["flashinfer sm_80"][0]
-    assert "the cuda backend has auto, flash, flashinfer" in found["aiter sm_90"][0]
+@pytest.fixture(scope="module")
+def found(h200):
+    """What one process on the device found."""
+    job = {"tried": TRIED, "heads": HEADS, "missing": MISSING}
+    return on_device(h200, TRY + REFUSALS, job)
+
+
+@pytest.mark.parametrize(("name", "arch", "cases"), TRIED, ids=list(LEFT))
+def test_a_library_gives_the_dense_answer_or_leaves_it_to_the_own_op(found, name, arch, cases):
+    rows = found[f"{name} {arch}"]
+    assert [wrong for wrong, _ in rows] == [None] * len(cases)
+    # old tokens are written first, as a prefill: a decode of the library's is seen by its own count
+    for i, (case, (_, calls)) in enumerate(zip(cases, rows, strict=True)):
+        phase = "decode" if all(new == 1 for _, new in case["works"]) else "varlen"
+        assert (calls.get(phase, 0) > 0) == (i not in LEFT[f"{name} {arch}"]), (case, calls)
+
+
+def test_pages_are_the_library_s(found):
+    assert found["pages"] == {"sm_80": [256], "sm_90": [16, 32, 64]}
+
+
+def test_the_stand_ins_refuse_what_the_libraries_refuse(found):
+    refused = dict(found["refused"])
+    assert refused.pop("float32").endswith("float32")
+    assert "cache_seqlens is torch.int64" in refused.pop("int64")
+    assert "divisible by 256" in refused.pop("page")
+    assert "HND with pages" in refused.pop("layout")
+    assert "not 0 at first use" in refused.pop("dirty")
+    assert "unexpected keyword argument 'block_table'" in refused.pop("name")
+    assert not refused
+
+
+def test_what_is_not_there_is_said_with_the_mend(found):
+    missing = found["missing"]
+    assert missing.keys() == {f"{name} {arch}" for name, arch in MISSING}
+    assert "pip install flash-attn" in missing["flash sm_90"][1]
+    assert "pip install flashinfer" in missing["flashinfer sm_90"][1]
+    assert "this is sm_80" in missing["flashinfer sm_80"][0]
+    assert "the cuda backend has auto, flash, flashinfer" in missing["aiter sm_90"][0]
 
 
 def test_devices_names_the_libraries_that_are_installed(h200):
@@ -180,9 +176,9 @@ from tokenry import LLM, SamplingParams
 device, found = simdevice.current(), {}
 greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 prompts = [{"prompt_token_ids": [(7 * i * i + 3 * i + 1) % 256 for i in range(n)]}
-           for n in (20, 1)]
+           for n in (11, 1)]
 limits = dict(dtype="float16", max_model_len=48, max_num_seqs=2, num_kv_blocks=12,
-              max_num_batched_tokens=16)
+              max_num_batched_tokens=8)
 for name in ("auto", "flash"):
     device.relax()
     with LLM("demo", backend="cuda", backend_option=("kernels=torch", f"attention={name}"),
