@@ -25,6 +25,7 @@ from tokenry.errors import ModelLoadError
 Accept = Callable[[Tensor], None]
 Rename = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 """(name, tensor) of the checkpoint -> canonical ones."""
+_NARROW = frozenset({torch.bfloat16, torch.float16})
 
 
 class Loader:
@@ -48,6 +49,7 @@ class Loader:
         self._where = where
         self._expected: dict[str, tuple[tuple[int, ...], Accept]] = {}
         self._optional: set[str] = set()
+        self._narrow: set[str] = set()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -55,12 +57,22 @@ class Loader:
         return {n: shape for n, (shape, _) in self._expected.items() if n not in self._optional}
 
     def expect(
-        self, name: str, shape: tuple[int, ...], accept: Accept, *, optional: bool = False
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        accept: Accept,
+        *,
+        optional: bool = False,
+        narrow: bool = False,
     ) -> None:
-        """`accept` wants this tensor; an optional one may stay away."""
+        """`accept` wants this tensor; an optional one may stay away. narrow: 16 bits of a wider
+        model may come as they are stored.
+        """
         self._expected[name] = (shape, accept)
         if optional:
             self._optional.add(name)
+        if narrow:
+            self._narrow.add(name)
 
     def load(self, weights: WeightIter, rename: Rename, ignorable: Callable[[str], bool]) -> None:
         """Deliver all tensors, each under the name(s) that `rename` gives it.
@@ -74,7 +86,7 @@ class Loader:
                 if entry is not None:
                     shape, accept = entry
                     self._check(stored, tensor, shape)
-                    accept(tensor.to(self.device, self.dtype))
+                    accept(tensor.to(self.device, self._kept(name, tensor)))
                 elif name not in self._expected and not ignorable(name):
                     raise ModelLoadError(
                         f"{self._where(stored)}: the tensor {stored} {list(tensor.shape)} is none "
@@ -88,6 +100,11 @@ class Loader:
                 f"{self._where('')} lacks {len(lacking)} tensors, among them {names}.",
                 mend="are config.json and the weights of one model, and is the download complete?",
             )
+
+    def _kept(self, name: str, tensor: Tensor) -> torch.dtype:
+        """The dtype in which a tensor is handed on."""
+        narrow = tensor.dtype in _NARROW and tensor.itemsize < self.dtype.itemsize
+        return tensor.dtype if narrow and name in self._narrow else self.dtype
 
     def _check(self, stored: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
@@ -127,7 +144,8 @@ class Linear:
             return take
 
         for name, size in zip(names, sizes, strict=True):
-            loader.expect(f"{name}.weight", (size, width), accept(f"{name}.weight"))
+            weight = f"{name}.weight"
+            loader.expect(weight, (size, width), accept(weight), narrow=_takes_narrow(self._op))
             if bias:
                 loader.expect(f"{name}.bias", (size,), accept(f"{name}.bias"))
 
@@ -135,6 +153,10 @@ class Linear:
         """[T, sum(sizes)]."""
         y: Tensor = self._op(x, self.weights)
         return y
+
+
+def _takes_narrow(op: Op) -> bool:
+    return bool(getattr(op, "takes_narrow", False))
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -234,7 +256,8 @@ class LMHead:
             self.weights = loader.ops.pack(self._op, {"weight": tensor}, head=True)
 
         if tied is None:
-            loader.expect("lm_head.weight", (vocab, size), take)
+            narrow = _takes_narrow(self._op)
+            loader.expect("lm_head.weight", (vocab, size), take, narrow=narrow)
             return
         pair: list[Tensor] = []
 

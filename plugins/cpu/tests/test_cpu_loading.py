@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from tokenry_cpu import loading, native
+from tokenry import LLM, SamplingParams
+from tokenry.hub import find_model
+from tokenry_cpu import loading, native, native_ops
 from tokenry_cpu.loading import let_go, mapping_of
 from tokenry_cpu.memory import _status
 
@@ -152,3 +155,47 @@ def test_a_file_is_looked_up_once_and_given_back_all_along(file, monkeypatch):
             resident.append(_status(Path("/"), "RssFile") - before)
     assert len(asked) == 1
     assert max(resident) < 5 * 2**20, resident
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
+def narrow_model(tmp_path_factory, request):
+    """The demo model with its weights in 16 bits."""
+    source, to = find_model("demo"), tmp_path_factory.mktemp("narrow")
+    for name in source.iterdir():
+        if name.suffix in {".json", ".jinja"}:
+            shutil.copy(name, to)
+    config = json.loads((source / "config.json").read_text())
+    kind = native.name_of(request.param)
+    (to / "config.json").write_text(json.dumps({**config, "dtype": kind, "torch_dtype": kind}))
+    weights = load_file(source / "model.safetensors")
+    save_file({k: w.to(request.param) for k, w in weights.items()}, to / "model.safetensors")
+    return to, request.param
+
+
+@pytest.mark.parametrize("how", [{}, {"dtype": "float32"}, {"quantization": "int4"}], ids=str)
+def test_weights_that_are_not_widened_on_their_way_give_the_same_bits(
+    narrow_model, how, monkeypatch
+):
+    path, stored = narrow_model
+    packed: list[torch.dtype] = []
+    pack, quantize = native_ops.Linear.pack, native_ops.Linear.quantize
+
+    def seen(op, weights, *more):
+        packed.append(weights["weight"].dtype)
+        return (quantize if more else pack)(op, weights, *more)
+
+    def answer():
+        params = SamplingParams(max_tokens=6, temperature=0, logprobs=1, ignore_eos=True)
+        with LLM(str(path), backend="cpu", max_model_len=64, progress=False, **how) as llm:
+            (output,) = llm.generate("Once upon a time there was", params, use_tqdm=False)
+        completion = output.outputs[0]
+        steps = zip(completion.token_ids, completion.logprobs, strict=True)
+        return [(token, step[token].logprob) for token, step in steps]
+
+    monkeypatch.setattr(native_ops.Linear, "pack", seen)
+    monkeypatch.setattr(native_ops.Linear, "quantize", seen)
+    got = answer()
+    wide = packed.count(torch.float32)  # the head may be the embedding, which is
+    assert wide <= 1 and packed.count(stored) == len(packed) - wide > 4
+    monkeypatch.setattr(native_ops.Linear, "takes_narrow", False)
+    assert got == answer()

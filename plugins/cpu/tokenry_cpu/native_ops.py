@@ -52,6 +52,7 @@ class Linear(ReferenceOp):
     """Set by the backend for a model in bfloat16: where the kernels have the instruction, what
     bfloat16 weights multiply is rounded to bfloat16 once; sums are float32 always.
     """
+    takes_narrow = True
     cache: PackCache | None = None
     """Set by the backend while it builds a model whose packed weights are kept on disk."""
 
