@@ -7,6 +7,13 @@ hash gives the next token, a step takes `--step-ms`), in processes of their own.
 time (user and system, by /proc) of the HTTP process alone: JSON, detokenising, server-sent events,
 the socket to the engine. Wall time does not matter, so a busy machine gives the same figures.
 Prints microseconds per token for chat and completions, and the idle share.
+
+    python benchmarks/http_overhead.py --beside MODEL [--peers build/peers]
+        [--engines tokenry llama.cpp vllm] [--requests 64]
+
+measures tokenry, llama.cpp's and vLLM's servers in turn instead, each with a model that really
+computes, as eight clients ask for streamed completions of 64 tokens; MODEL and the peers are those
+of peers/README.md, and peers/http_cost.py tells how HTTP is told apart from the engine.
 """
 
 from __future__ import annotations
@@ -16,11 +23,13 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +138,41 @@ def measure(url: str, pid: int, path: str, streams: int, tokens: int) -> dict[st
     }
 
 
+def beside(args: argparse.Namespace) -> None:
+    """The servers' costs, as a table."""
+    from cpu_servers import Server
+    from peers.http_cost import cost
+
+    args.logs.mkdir(parents=True, exist_ok=True)
+    prompts = [[5 + (i * 31 + j * 7) % 4000 for j in range(16)] for i in range(args.requests)]
+    results = {}
+    for name in args.engines:
+        if name != "tokenry" and not (args.peers / name).exists():
+            print(f"{name}: not in {args.peers}, see benchmarks/peers/README.md")
+            continue
+        server = Server(name, "fp32", args)
+        server.signal(signal.SIGCONT)
+        try:
+            (pid,) = server.group
+            rounds = [
+                cost(pid, server.port, server.model, prompts, idle_s=args.idle_s)
+                for _ in range(args.rounds)
+            ]
+        finally:
+            server.end()
+        best = min(rounds, key=lambda one: one.us_per_token)
+        results[name] = [asdict(one) for one in rounds]
+        every = ", ".join(f"{one.us_per_token:.1f}" for one in rounds)
+        print(
+            f"{name:10} HTTP {best.us_per_token:6.1f} us/token (rounds: {every}) in "
+            f"{best.num_threads} threads, engine {best.engine_us_per_token:.0f} us/token, "
+            f"idle {best.idle:.2%} of a core",
+            flush=True,
+        )
+    if args.out:
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, default=64)
@@ -137,7 +181,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--idle-s", type=float, default=10.0)
     parser.add_argument("--out", help="JSON file of the results")
+    parser.add_argument("--beside", type=Path, metavar="MODEL", dest="model")
+    parser.add_argument("--engines", nargs="+", default=["tokenry", "llama.cpp", "vllm"])
+    parser.add_argument("--peers", type=Path, default=Path("build/peers"))
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--logs", type=Path, default=Path("build/peers-logs"))
     args = parser.parse_args()
+    if args.model is not None:
+        beside(args)
+        return
     environ = {
         **os.environ,
         "HTTP_OVERHEAD_STEP_S": str(args.step_ms / 1e3),
