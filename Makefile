@@ -49,6 +49,7 @@ test-gpu:
 
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/gpu_steps.py $(MODEL) --deterministic both --json gpu_steps.json $(ARGS)
+	$(GPU_PYTHON) benchmarks/gpu_kernels.py --tune --json gpu_kernels.json
 
 # the CPU's kernels under the address and undefined-behaviour sanitizers
 sanitize: $(VENV)/dev

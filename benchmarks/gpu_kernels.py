@@ -121,7 +121,7 @@ class Bench:
         tokens = sum(new for _, new in works)
         kv = torch.randn(2, len(works) * widest + 1, BLOCK, kv_heads, dim, device=self.device)
         product = torch.randn(tokens, heads + 2 * kv_heads, dim, device=self.device).to(self.dtype)
-        q, k, v = product.split((heads, kv_heads, kv_heads), 1)
+        q, k, v = product.split_with_sizes((heads, kv_heads, kv_heads), 1)
         layer, batch = kv.to(self.dtype), self._batch(works, widest)
         return lambda: op(q, k, v, layer, batch, scale=dim**-0.5)
 
