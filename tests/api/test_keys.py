@@ -231,7 +231,7 @@ def test_metrics_can_be_closed(start_toy):
 
 def test_a_full_queue_is_503_with_the_time_to_wait_and_never_429(start_toy):
     server = start_toy({"max_queue": 0}, TOY_STEP_S="0.02").wait_ready()  # 64 may run
-    thread = threading.Thread(target=lambda: ask(server, "none", max_tokens=200, n=64))
+    thread = threading.Thread(target=lambda: ask(server, "none", max_tokens=20, n=64))
     thread.start()
     for _ in range(200):
         refused = ask(server, "none")

@@ -152,7 +152,9 @@ def test_a_request_is_a_span_with_its_parts_below_the_clients(start_toy):
 
 def test_a_collector_that_is_not_there_hinders_nobody(start_toy):
     pytest.importorskip("opentelemetry.sdk")
-    server = start_toy({"otlp_endpoint": "http://127.0.0.1:9"}).wait_ready()
+    server = start_toy(
+        {"otlp_endpoint": "http://127.0.0.1:9"}, OTEL_EXPORTER_OTLP_TIMEOUT="1"
+    ).wait_ready()
     assert server.http.post("/v1/completions", json=BODY).status_code == 200
     server.process.terminate()
     server.process.wait(60)
