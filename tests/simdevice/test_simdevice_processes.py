@@ -28,6 +28,13 @@ x = torch.randn(2, 4)
 static.copy_(x)
 torch.cuda.set_sync_debug_mode("error")
 graph.replay()
+torch.ones(2).to("cuda", non_blocking=True)
+found["uploads"] = []
+for upload in (lambda: torch.tensor([1, 0], device="cuda"), lambda: x.cuda(), lambda: out[[1, 0]]):
+    try:
+        upload()
+    except RuntimeError as error:
+        found["uploads"].append(str(error))
 try:
     out.cpu()
 except RuntimeError as error:
@@ -126,6 +133,8 @@ def test_cuda_graphs_and_facts_of_a_card(card, facts):
     assert found["replayed"] is True
     assert found["memory"] is True
     assert "[simdevice:host-sync] a blocking copy to the host" in found["sync"]
+    assert len(found["uploads"]) == 3
+    assert all("host-sync] a blocking copy to the device" in text for text in found["uploads"])
 
 
 def test_refusals_share_a_type():

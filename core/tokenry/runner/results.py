@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from tokenry.runner.requests import RequestState
 from tokenry.runner.sampler import LOGITS_BROKEN, Sampled
 from tokenry.runner.sampling.draw import Draw
 from tokenry.runner.sampling.scores import Scores, score
+from tokenry.runner.sampling.upload import upload
 from tokenry.runner.shapes import Launch, Share
 
 NAN_LOGITS = (
@@ -125,7 +125,7 @@ class PartialStep:
             self.tensors.append(sampled.mu)
         wanting = [(row, i) for row, i in pairs if self._states[row].num_scores is not None]
         if wanting:
-            index = torch.tensor([i for _, i in wanting], device=logits.device)
+            index = upload([i for _, i in wanting], logits.device)
             wanted = [self._states[row].num_scores or 0 for row, _ in wanting]
             scores = score(logits[index], sampled.token_ids[index], max(wanted))
             rows = [row for row, _ in wanting]
@@ -139,7 +139,7 @@ class PartialStep:
         targets = state.tokens[share.start + 1 : end]
         if len(targets) == 0:
             return
-        tokens = torch.from_numpy(targets.copy()).to(logits.device)
+        tokens = upload(targets.copy(), logits.device)
         wanted = state.params.prompt_logprobs or 0
         scores = score(logits[: len(targets)], tokens, wanted)
         self._note_scores(

@@ -32,6 +32,7 @@ from tokenry.runner.sampling.processors import (
 )
 from tokenry.runner.sampling.rules import Ruled, apply_rules, has_rules
 from tokenry.runner.sampling.shapes import to_power_of_two
+from tokenry.runner.sampling.upload import upload
 
 ROWS_AT_ONCE = 16
 """Most rows that are narrowed at once: so much memory it may take, and so few shapes it has."""
@@ -93,14 +94,14 @@ class Sampler:
         self._narrow(adjusted, ruled)
         steered = [(i, d) for i, d in ruled if d.params.mirostat and not d.params.greedy]
         steered_padded = to_power_of_two(steered)
-        left = adjusted[[i for i, _ in steered_padded]] if steered else None
+        left = adjusted[self._rows(steered_padded)] if steered else None
         marked = [(i, d) for i, d in ruled if by_gumbel(d)]
         add_gumbel(adjusted, marked)
         token_ids = self._op(adjusted, self._inputs(draws, {i for i, _ in marked}))
         mu_rows = tuple(i for i, _ in steered)
         mu = None
         if left is not None:
-            drawn = token_ids[[i for i, _ in steered_padded]]
+            drawn = token_ids[self._rows(steered_padded)]
             mu = next_mu(left, drawn, [d for _, d in steered_padded])
         return Sampled(token_ids=token_ids, broken=broken, errors=errors, mu=mu, mu_rows=mu_rows)
 
@@ -112,8 +113,12 @@ class Sampler:
         rows = [(i, d) for i, d in ruled if narrows(d.params)]
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             some = to_power_of_two(rows[begin : begin + ROWS_AT_ONCE])
-            index = [i for i, _ in some]
+            index = self._rows(some)
             out[index] = narrow(out[index], [d for _, d in some])
+
+    def _rows(self, some: Ruled) -> Tensor:
+        """Their indices, on the device."""
+        return upload([i for i, _ in some], self._device)
 
     def _inputs(self, draws: Sequence[Draw | None], marked: Collection[int]) -> SampleInputs:
         """What the op needs. The rows that were narrowed are filtered already; in those that a

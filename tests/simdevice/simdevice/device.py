@@ -50,6 +50,7 @@ class Counts:
     copies_to_host: int
     async_copies_to_host: int
     copies_to_device: int
+    waited_copies_to_device: int
     programs: int
     cached_programs: int
     recipes: int
@@ -60,7 +61,8 @@ class Counts:
     @property
     def host_syncs(self) -> int:
         """Waits of the host: scalar reads, blocking copies, shapes that depend on values."""
-        return self.scalar_reads + self.shape_reads + self.copies_to_host
+        waited = self.copies_to_host + self.waited_copies_to_device
+        return self.scalar_reads + self.shape_reads + waited
 
     @property
     def compilations(self) -> int:

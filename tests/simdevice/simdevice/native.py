@@ -13,7 +13,8 @@ from simdevice.errors import typed
 
 COUNTERS = (
     "limit", "allocated", "peak", "allocations", "kernels", "loose_kernels", "scalar_reads",
-    "shape_reads", "copies_to_host", "async_copies_to_host", "copies_to_device", "recipes",
+    "shape_reads", "copies_to_host", "async_copies_to_host", "copies_to_device",
+    "waited_copies_to_device", "recipes",
     "captures", "replays", "view_writes",
 )  # fmt: skip
 

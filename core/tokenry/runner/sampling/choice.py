@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenry.params import SamplingParams
 from tokenry.runner.sampling.draw import Draw, uniforms
+from tokenry.runner.sampling.upload import upload
 
 XTC_STREAM = 0x58544331
 """Added to the seed, so that XTC's coin is another number than the one that draws the token."""
@@ -55,7 +56,7 @@ class _Rows:
         """As the draws ask; `xtc` is the threshold for the rows whose coin fell, 2 for others."""
         coins = uniforms([d.seed + XTC_STREAM for d in draws], [d.position for d in draws])
         table = np.array([_settings(d, float(u)) for d, u in zip(draws, coins, strict=True)])
-        columns = torch.from_numpy(table.astype(np.float32)).to(device)
+        columns = upload(table.astype(np.float32), device)
         return _Rows(*(columns[:, i, None] for i in range(table.shape[1])))
 
 
@@ -109,8 +110,8 @@ def surprise(narrowed: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> Tensor:
     """[r] bits: how unlikely the drawn tokens [r] were among those that were left, as mirostat
     measures it.
     """
-    heat = torch.tensor([[d.params.temperature] for d in draws], device=narrowed.device)
-    shifted = (narrowed - narrowed.amax(-1, keepdim=True)) / heat.to(torch.float32)
+    heat = upload(np.array([[d.params.temperature] for d in draws], np.float32), narrowed.device)
+    shifted = (narrowed - narrowed.amax(-1, keepdim=True)) / heat
     table = torch.log_softmax(shifted, dim=-1)
     drawn: Tensor = table.gather(1, tokens.long()[:, None])[:, 0]
     return drawn / -math.log(2)
@@ -119,7 +120,7 @@ def surprise(narrowed: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> Tensor:
 def next_mu(narrowed: Tensor, tokens: Tensor, draws: Sequence[Draw]) -> Tensor:
     """[r] float32: mirostat v2's bounds after these tokens (arXiv 2007.14966, algorithm 2)."""
     facts = [(mu_of(d), d.params.mirostat_eta, d.params.mirostat_tau) for d in draws]
-    mu, eta, tau = torch.tensor(facts, dtype=torch.float32, device=narrowed.device).T
+    mu, eta, tau = upload(np.array(facts, np.float32), narrowed.device).T
     after: Tensor = mu - eta * (surprise(narrowed, tokens, draws) - tau)
     return after
 

@@ -20,6 +20,7 @@ from tokenry.runner.sampling.draw import Draw
 from tokenry.runner.sampling.marking import add_green
 from tokenry.runner.sampling.repeats import dry_penalties, repeated_ngrams
 from tokenry.runner.sampling.shapes import to_power_of_two
+from tokenry.runner.sampling.upload import upload
 
 Ruled = Sequence[tuple[int, Draw]]
 """(row of the logits, its draw), of the rows that have rules."""
@@ -57,7 +58,7 @@ def apply_rules(out: Tensor, ruled: Ruled, eos: tuple[int, ...]) -> None:
     for i, draw in ruled:
         allowed = draw.params.allowed_token_ids
         if allowed is not None:
-            index = torch.tensor(allowed, device=out.device)
+            index = upload(list(allowed), out.device)
             kept = out[i][index]
             out[i] = -torch.inf
             out[i, index] = kept

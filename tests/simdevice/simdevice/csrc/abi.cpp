@@ -65,15 +65,15 @@ void simdevice_counters(int64_t* out) {
   const std::atomic<int64_t>* all[] = {
       &counters.limit, &counters.allocated, &counters.peak, &counters.allocations, &counters.kernels,
       &counters.loose_kernels, &counters.scalar_reads, &counters.shape_reads, &counters.copies_to_host,
-      &counters.async_copies_to_host, &counters.copies_to_device, &counters.recipes, &counters.captures,
-      &counters.replays, &counters.view_writes};
+      &counters.async_copies_to_host, &counters.copies_to_device, &counters.waited_copies_to_device,
+      &counters.recipes, &counters.captures, &counters.replays, &counters.view_writes};
   for (const auto* counter : all) *out++ = counter->load();
 }
 void simdevice_reset_counters() {
   std::atomic<int64_t>* all[] = {
       &counters.kernels, &counters.loose_kernels, &counters.scalar_reads, &counters.shape_reads,
-      &counters.copies_to_host, &counters.async_copies_to_host, &counters.copies_to_device, &counters.recipes,
-      &counters.captures, &counters.replays, &counters.view_writes};
+      &counters.copies_to_host, &counters.async_copies_to_host, &counters.copies_to_device,
+      &counters.waited_copies_to_device, &counters.recipes, &counters.captures, &counters.replays, &counters.view_writes};
   for (auto* counter : all) counter->store(0);
   std::lock_guard<std::mutex> lock(counters.by_name_mutex);
   counters.by_name.clear();

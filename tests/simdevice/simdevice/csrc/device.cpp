@@ -172,7 +172,12 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blo
     if (to_host || to_device) refuse("not-capturable", "a copy between host and device inside a graph capture");
     record_copy(self, dst);
   }
-  if (to_device) counters.copies_to_device++;
+  if (to_device) {
+    counters.copies_to_device++;
+    // torch synchronizes the stream after it (ATen/native/cuda/Copy.cu, memcpy_and_sync)
+    if (!non_blocking && device.name == "cuda")
+      note_sync(counters.waited_copies_to_device, "a blocking copy to the device");
+  }
   if (to_host) {
     flush_recipe("copy to the host");
     if (non_blocking) {

@@ -19,7 +19,7 @@ struct Counters {
   std::atomic<int64_t> allocated{0}, peak{0}, allocations{0};
   std::atomic<int64_t> limit{int64_t(1) << 62};
   std::atomic<int64_t> kernels{0}, loose_kernels{0}, scalar_reads{0}, shape_reads{0};
-  std::atomic<int64_t> copies_to_host{0}, async_copies_to_host{0}, copies_to_device{0};
+  std::atomic<int64_t> copies_to_host{0}, async_copies_to_host{0}, copies_to_device{0}, waited_copies_to_device{0};
   std::atomic<int64_t> recipes{0}, captures{0}, replays{0}, view_writes{0};
   std::mutex by_name_mutex;
   std::map<std::string, int64_t> by_name;

@@ -1,0 +1,20 @@
+"""Small host values on their way to the device, which no step waits for.
+
+torch's own ways (`torch.tensor(..., device=)`, a list as an index, `.to(device)`) wait until all
+that was launched before has run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def upload(values: NDArray[Any] | list[int], device: torch.device | str) -> Tensor:
+    """The array, or the numbers as int64, on the device when what is launched next needs it."""
+    array = np.array(values, np.int64) if isinstance(values, list) else values
+    return torch.from_numpy(array).to(device, non_blocking=True)
