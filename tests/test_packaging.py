@@ -38,8 +38,8 @@ def run(*command, **options):
     return done.stdout
 
 
-def pip(python, *arguments):
-    run(python, "-m", "pip", "--disable-pip-version-check", *arguments)
+def pip(*arguments):
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def wheels(tmp_path_factory):
     for name, text in BROKEN.items():
         (broken / name).write_text(text)
     for source in (ROOT, ROOT / "plugins" / "cpu", ROOT / "demo", broken):
-        pip(sys.executable, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source)
+        pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source)
     return out
 
 
@@ -61,9 +61,11 @@ def environment(tmp_path, wheels):
     """environment(*requirements) -> bin directory of a clean venv with them, from our wheels."""
 
     def make(*requirements):
-        venv.create(tmp_path / "venv", with_pip=True)
+        venv.create(tmp_path / "venv")
         python = tmp_path / "venv" / "bin" / "python"
-        pip(python, "install", "-q", "-c", CONSTRAINTS, "-f", wheels, *requirements)
+        # a pip of its own and the bytecode of all of torch would be half of the test's time
+        options = ("-q", "--no-compile", "-c", CONSTRAINTS, "-f", wheels)
+        pip("--python", python, "install", *options, *requirements)
         return python.parent
 
     return make
