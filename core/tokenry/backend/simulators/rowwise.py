@@ -24,7 +24,7 @@ class Rows(ReferenceOp):
     paired   how many of its positional arguments are such tensors.
     """
 
-    def __init__(self, op: ReferenceOp, paired: int = 1) -> None:
+    def __init__(self, op: Op, paired: int = 1) -> None:
         self._op, self._paired = op, paired
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ class RowNorm(ReferenceOp):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Gives y, or (y, x + residual)."""
         total = x if residual is None else x + residual
-        norm = reference.RmsNorm()
+        norm: Op = reference.RmsNorm()
         y = torch.cat([norm(total[i : i + 1], weight, eps) for i in range(len(total))])
         return y if residual is None else (y, total)
 
