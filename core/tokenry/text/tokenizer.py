@@ -66,11 +66,10 @@ class Tokenizer:
         self.vocab_size = 1 + max(vocab.values(), default=-1)
         self.byte_level = is_byte_level(core)
         self.puts_spaces = _decoder_types(core) in ([], ["WordPiece"])
-        self.byte_ids = {
-            i: int(m[1], 16) for t, i in vocab.items() if (m := _BYTE_TOKEN.fullmatch(t))
-        }
-        if "ByteFallback" not in _decoder_types(core):
-            self.byte_ids = {}
+        self.byte_ids: dict[int, int] = {}
+        if "ByteFallback" in _decoder_types(core):
+            matches = ((_BYTE_TOKEN.fullmatch(text), i) for text, i in vocab.items())
+            self.byte_ids = {i: int(m[1], 16) for m, i in matches if m}
         added = core.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._texts: dict[int, str] = {}
@@ -178,9 +177,11 @@ class Tokenizer:
         Added tokens may lie beyond (Gemma 3's text models have one for images); a prompt with one
         is refused then.
         """
-        base = self.core.get_vocab(with_added_tokens=False)
-        added = set(self.core.get_added_tokens_decoder())
-        beyond = sum(i >= vocab_size and i not in added for i in base.values())
+        beyond = 0
+        if self.vocab_size > vocab_size:
+            base = self.core.get_vocab(with_added_tokens=False)
+            added = set(self.core.get_added_tokens_decoder())
+            beyond = sum(i >= vocab_size and i not in added for i in base.values())
         beyond += sum(i >= vocab_size for i in self.eos_token_ids)
         if self.bos_token_id is not None:
             beyond += self.bos_token_id >= vocab_size
