@@ -164,13 +164,12 @@ class PartialStep:
         """Rows in the plan's order, from the fetched arrays."""
         token_of: dict[int, int] = {}
         for rows in self._sampled:
-            tokens, broken = arrays[rows.at], arrays[rows.at + 1]
-            any_broken = bool(broken.any())
+            tokens, broken = arrays[rows.at].tolist(), arrays[rows.at + 1].tolist()
             for index, i in rows.pairs:
-                if any_broken and broken[i]:
-                    self._fail_draw(index, int(broken[i]))
+                if broken[i]:
+                    self._fail_draw(index, broken[i])
                 else:
-                    token_of[index] = int(tokens[i])
+                    token_of[index] = tokens[i]
         mu_of = self._finish_mu(arrays)
         logprobs, prompt_logprobs = self._finish_scores(arrays, token_of)
         results: list[RowResult] = []
