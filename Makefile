@@ -45,7 +45,7 @@ bench-cpu: $(VENV)/dev
 # on a machine with a GPU; GPU_PYTHON is one whose torch sees it and in which tokenry is installed
 GPU_PYTHON ?= $(BIN)/python
 test-gpu:
-	$(GPU_PYTHON) -m pytest tests/gpu plugins/cuda/tests/test_cuda_conformance.py plugins/rocm/tests/test_rocm_conformance.py
+	$(GPU_PYTHON) -m pytest tests/gpu tests/gpu_kernels plugins/cuda/tests/test_cuda_conformance.py plugins/rocm/tests/test_rocm_conformance.py
 
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/gpu_steps.py $(MODEL) --deterministic both --json gpu_steps.json $(ARGS)
