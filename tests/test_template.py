@@ -42,8 +42,8 @@ def run(*command, **options):
     return done.stdout
 
 
-def pip(python, *arguments):
-    return run(python, "-m", "pip", "--disable-pip-version-check", *arguments)
+def pip(*arguments):
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
 
 
 def is_ours(name):
@@ -66,7 +66,7 @@ def wheels(tmp_path_factory):
     out, sources = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("sources")
     vendor = shutil.copytree(TEMPLATE, sources / "tokenry-acme")
     for source in (ROOT, ROOT / "demo", vendor):
-        pip(sys.executable, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source)
+        pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source)
     return out
 
 
@@ -75,14 +75,13 @@ def device(tmp_path_factory, wheels):
     """device(command, *arguments): a command of the clean venv, run where the device is."""
     library()
     home = tmp_path_factory.mktemp("home")
-    venv.create(home / "venv", with_pip=True)
+    venv.create(home / "venv")
     bin_ = home / "venv" / "bin"
     site = Path(run(bin_ / "python", "-c", "import site; print(site.getsitepackages()[0])").strip())
     (site / "dependencies.pth").write_text(f"{link_dependencies(home / 'dependencies')}\n")
-    pip(bin_ / "python", "uninstall", "-q", "-y", "setuptools")  # an old one, before the linked
     # no index: what the wheels require has to be among the dependencies already
-    pip(bin_ / "python", "install", "-q", "--no-index", "-f", wheels, "tokenry-acme[test]",
-        "tokenry[demo]")  # fmt: skip
+    target = ("--python", bin_ / "python")
+    pip(*target, "install", "-q", "--no-index", "-f", wheels, "tokenry-acme[test]", "tokenry[demo]")
     shutil.copytree(TEMPLATE / "tests", home / "tests")
     (home / "dev").mkdir()
     (home / "dev" / "acme0").touch()
