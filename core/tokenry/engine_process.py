@@ -279,14 +279,15 @@ def _load_and_run(config: EngineConfig, factory: str, socket: zmq.Socket[bytes],
     engine: Any = None
     try:
         send(Progress(phase="importing"))
-        gc.disable()  # importing torch makes half a million objects, and no garbage
+        gc.disable()
         try:
-            make = find_factory(factory)
+            assembled = find_factory(factory)(
+                config, lambda phase, share: send(Progress(phase=phase, share=share))
+            )
+            engine = assembled.engine
+            gc.freeze()  # 170,000 objects that stay: no collection need look through them
         finally:
             gc.enable()
-        assembled = make(config, lambda phase, share: send(Progress(phase=phase, share=share)))
-        engine = assembled.engine
-        gc.freeze()  # what the start made stays: no later collection need look through it
         process = EngineProcess(engine, socket)
         threading.Thread(target=process.beat, args=(pulse,), daemon=True).start()
         send(assembled.ready)

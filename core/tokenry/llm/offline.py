@@ -69,19 +69,19 @@ class LLM:
     ) -> None:
         self.config = load(EngineConfig, {"model": str(model), **own_names(config)})
         check_installed(self.config.backend)
-        with collector_paused():
-            from tokenry.assemble import assemble
-
         log = StartLog(shown=progress)
         directory = find_model(self.config.model, self.config.revision)
         source = directory if self.config.tokenizer is None else find_model(self.config.tokenizer)
-        self._tokenizer = Tokenizer.load(
-            source, model_path=directory, chat_template_file=chat_template
-        )
-        resolved = dataclasses.replace(self.config, model=str(directory))
-        self._assembled: Assembled | None = assemble(
-            resolved, log, logits_processors=logits_processors
-        )
+        with collector_paused():
+            from tokenry.assemble import assemble
+
+            self._tokenizer = Tokenizer.load(
+                source, model_path=directory, chat_template_file=chat_template
+            )
+            resolved = dataclasses.replace(self.config, model=str(directory))
+            self._assembled: Assembled | None = assemble(
+                resolved, log, logits_processors=logits_processors
+            )
         self.ready: Ready = self._assembled.ready
         log.say(*describe(self.ready))
         self._processor = OutputProcessor(
