@@ -315,6 +315,7 @@ class AsyncEngine:
 
     def _begin(self) -> None:
         if self._processor is None and self._ready is not None and self._tokenizer is not None:
+            self._tokenizer = self._tokenizer.within(self._ready.max_model_len)
             self._processor = OutputProcessor(
                 self._tokenizer,
                 max_model_len=self._ready.max_model_len,

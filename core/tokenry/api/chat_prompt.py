@@ -56,7 +56,8 @@ def render(chat: ChatRequest, tokenizer: Tokenizer, form: AnswerFormat | None = 
         tools=list(shown) or None,
         **{**_effort(chat, template.text), **_template_kwargs(chat)},
     )
-    ids = tokenizer.encode(text, add_special_tokens=bool(chat.add_special_tokens))
+    special = bool(chat.add_special_tokens)
+    ids = tokenizer.encode(text, add_special_tokens=special, param="messages")
     return Prompt(token_ids=ids, text=text, param="messages")
 
 

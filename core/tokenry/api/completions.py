@@ -107,7 +107,7 @@ def _is_ids(value: Any) -> bool:
 def _prompt(value: Any, where: str, wanted: CompletionRequest, tokenizer: Tokenizer) -> Prompt:
     if isinstance(value, str):
         special = True if wanted.add_special_tokens is None else wanted.add_special_tokens
-        ids = tokenizer.encode(value, add_special_tokens=special)
+        ids = tokenizer.encode(value, add_special_tokens=special, param=where)
         return Prompt(token_ids=ids, text=value, param=where)
     if _is_ids(value):
         return Prompt(token_ids=value, text=None, param=where)

@@ -138,8 +138,9 @@ async def _answer(request: Request, *, stream: bool | None, many: bool) -> Respo
 def _prompt(wanted: GenerateRequest, service: Service) -> Prompt:
     if not wanted.inputs:
         raise RequestError("inputs must not be empty.", param="inputs")
-    ids = service.engine.tokenizer.encode(wanted.inputs)
     most = wanted.parameters.truncate if wanted.parameters else None
+    encode = service.engine.tokenizer.encode
+    ids = encode(wanted.inputs, whole=most is not None, param="inputs")
     kept = ids if most is None else ids[-most:]
     text = wanted.inputs if len(kept) == len(ids) else None
     return Prompt(token_ids=kept, text=text, param="inputs")

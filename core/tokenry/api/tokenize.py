@@ -80,7 +80,7 @@ async def tokenize(request: Request) -> Response:
         ids = list(made.token_ids)
     else:
         assert prompt is not None
-        ids = await asyncio.to_thread(tokenizer.encode, prompt, special)
+        ids = await asyncio.to_thread(tokenizer.encode, prompt, special, whole=True)
     if wanted.inputs is not None:
         return JSON(pieces(tokenizer, ids), headers=ignored_header(unknown))
     texts = [tokenizer.token_text(i) for i in ids] if wanted.return_token_strs else None

@@ -131,7 +131,8 @@ class PooledInputs:
 
     def _encode(self, text: str, param: str) -> Any:
         try:
-            return self._core.encode(text, add_special_tokens=False)
+            # the call for several texts lets other threads run meanwhile
+            return self._core.encode_batch([text], add_special_tokens=False)[0]
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError(
                 f"{param} cannot be encoded as UTF-8: {error}.", param=param

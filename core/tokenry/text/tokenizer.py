@@ -8,6 +8,7 @@ converted through transformers (extra `hf`). Knows nothing of requests, and neve
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -37,6 +38,12 @@ _LEGACY_FILES = (
     "tokenizer.bin",
 )
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_LONG = 4096
+"""Characters from which on a text is encoded while other threads run."""
+_FAR, _SLACK = 16, 1024
+"""Characters per token of the context from which on a prompt is looked at piecewise; tokens that a
+cut may add.
+"""
 _UNLIMITED = 10**9
 """transformers writes 1e30 for "no limit"; nothing real is above this."""
 
@@ -62,6 +69,7 @@ class Tokenizer:
         self.max_len = max_len
         self.model_vocab_size = model_vocab_size
         self.chat_template = chat_template
+        self.context: int | None = None
         vocab = core.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values(), default=-1)
         self.byte_level = is_byte_level(core)
@@ -130,20 +138,61 @@ class Tokenizer:
         """Text of the tokenizer's own end token; the model may have more, see `eos_token_ids`."""
         return self.special_tokens.get("eos_token")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of the text; `add_special_tokens` adds what the model wants around a prompt
-        (BOS).
+    def within(self, context: int) -> Tokenizer:
+        """The same, for prompts of a model with so long a context: see `encode`."""
+        bound = copy.copy(self)
+        bound.context = context
+        return bound
+
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        *,
+        whole: bool = False,
+        param: str = "prompt",
+    ) -> list[int]:
+        """Token ids of the text, with what the model wants around a prompt (BOS) if that is to be
+        added. Raises RequestError that names `param` for what is no text, and, unless the `whole`
+        is wanted whatever its length, for a prompt that is far beyond the context: it is not read
+        to its end, which would take a 30 MB body a minute and gigabytes.
         """
         try:
-            ids: list[int] = self.core.encode(text, add_special_tokens=add_special_tokens).ids
+            if self.context is not None and not whole:
+                self._check_far(text, self.context, param)
+            return self._ids(text, add_special_tokens)
         except (
             UnicodeEncodeError,
             TypeError,
         ) as error:  # lone surrogates: valid JSON, not valid text
             raise RequestError(
-                f"The prompt cannot be encoded as UTF-8: {error}.", param="prompt"
+                f"The prompt cannot be encoded as UTF-8: {error}.", param=param
             ) from error
-        return ids
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        if len(text) < _LONG:
+            short: list[int] = self.core.encode(text, add_special_tokens=special).ids
+            return short
+        # the call for several texts lets other threads run meanwhile
+        (found,) = self.core.encode_batch_fast([text], add_special_tokens=special)
+        return list(found.ids)
+
+    def _check_far(self, text: str, context: int, param: str) -> None:
+        """Beginnings of the text, each twice as long, until one has more tokens than fit: where it
+        is cut, a beginning may have a few that the whole has not.
+        """
+        most = _FAR * context
+        while most < len(text):
+            count = len(self._ids(text[:most], special=False)) - _SLACK
+            if count > context:
+                raise RequestError(
+                    f"This model's maximum context length is {context} tokens. However, the first "
+                    f"{most} of your prompt's {len(text)} characters have more than {count}.",
+                    param=param,
+                    code="context_length_exceeded",
+                    mend=f"shorten the prompt to {context - 1} tokens or fewer",
+                )
+            most *= 2
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the token ids; ids that the tokenizer does not know give nothing."""
