@@ -19,7 +19,7 @@ import torch
 from tokenry import LLM, SamplingParams
 from tokenry.backend.discovery import discover
 from tokenry.conformance.tiny import FAMILIES, VOCAB, write_model
-from tokenry.errors import StepFailed
+from tokenry.errors import ConfigError, StepFailed
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +30,13 @@ LIMITS = {
 }  # fmt: skip
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 DRAWN = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=7, max_tokens=16, ignore_eos=True)
+SCORED = SamplingParams(
+    temperature=0.9, seed=3, logprobs=3, prompt_logprobs=1, max_tokens=16, ignore_eos=True
+)
+NARROWED = SamplingParams(
+    typical_p=0.9, mirostat=2, allowed_token_ids=tuple(range(5, 60)), repetition_penalty=1.1,
+    seed=4, max_tokens=16, ignore_eos=True,
+)  # fmt: skip
 PROMPTS = [[(7 * i * i + 3 * i + 1) % VOCAB for i in range(n)] for n in (140, 1, 37, 16, 17, 64)]
 
 
@@ -80,7 +87,9 @@ def test_greedy_tokens_are_those_of_the_cpu_replayed_and_not(gpu, models, name, 
         assert llm._assembled.runner.compile_count() == made
 
 
-@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "params", [GREEDY, DRAWN, SCORED, NARROWED], ids=["greedy", "drawn", "scored", "narrowed"]
+)
 def test_a_step_never_waits_for_the_device(gpu, params):
     with LLM("demo", backend=gpu, backend_option=OPTIONS, **LIMITS) as llm:
         want = tokens(llm, params)
@@ -98,6 +107,25 @@ def test_overlap_changes_no_token(gpu):
         with LLM("demo", backend=gpu, backend_option=OPTIONS, overlap=overlap, **LIMITS) as llm:
             found.append((tokens(llm), tokens(llm, DRAWN)))
     assert found[0] == found[1]
+
+
+def test_the_deterministic_mode_gives_the_same_bits_alone_and_in_a_batch(gpu):
+    """Or says that these kernels cannot."""
+    options = {"backend": gpu, "backend_option": OPTIONS, "deterministic": True, **LIMITS}
+    if "kernels=torch" in OPTIONS:
+        with pytest.raises(ConfigError, match="for Triton's kernels"):
+            LLM("demo", **options)
+        return
+    asked = [{"prompt_token_ids": p} for p in PROMPTS]
+    with LLM("demo", enable_prefix_caching=False, **options) as llm:
+        together = llm.generate(asked, SCORED, use_tqdm=False)
+        alone = [llm.generate(one, SCORED, use_tqdm=False)[0] for one in asked]
+    for one, other in zip(alone, together, strict=True):
+        a, b = one.outputs[0], other.outputs[0]
+        assert a.token_ids == b.token_ids
+        assert [{t: x.logprob for t, x in step.items()} for step in a.logprobs] == [
+            {t: x.logprob for t, x in step.items()} for step in b.logprobs
+        ]
 
 
 def fill():
