@@ -62,15 +62,15 @@ class GpuOptions:
                     f"--backend-option {key}={value}: it is one of {', '.join(CHOICES[key])}.",
                     mend=f"--backend-option {key}={CHOICES[key][0]}",
                 )
-        foreign = {"kernels": "torch", "linear": "fp8"}
+        foreign = {"kernels": "torch", "linear": "fp8", "tune": "true"}
         if values.get("deterministic") == "true" and (
             any(values.get(key) == value for key, value in foreign.items())
             or values.get("attention", "auto") != "auto"
         ):
             raise ConfigError(
-                "--backend-option deterministic=true is for Triton's kernels: others choose their "
-                "sums by the number of rows.",
-                mend="leave out kernels=torch, linear=fp8 and attention",
+                "--backend-option deterministic=true is for Triton's kernels with the table's "
+                "tiles: others choose their sums by the number of rows.",
+                mend="leave out kernels=torch, linear=fp8, attention and tune",
             )
         for key, example in NUMBERS.items():
             text = values.get(key, "0")
