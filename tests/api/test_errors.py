@@ -190,6 +190,27 @@ def test_neutral_values_ask_for_nothing(toy):
     assert "x-ignored-params" not in response.headers
 
 
+def test_fields_inside_of_objects_are_told_too(toy):
+    asked = {
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 2,
+        "response_format": {"type": "text", "json_schema": {"colour": 1}, "hat": 1},
+        "stream_options": {"include_usage": True, "shoe_size": 1},
+    }
+    told = "response_format.hat,response_format.json_schema.colour,stream_options.shoe_size"
+    response = toy.http.post("/v1/chat/completions", json={**asked, "stream": True})
+    found = response.headers.get("x-ignored-params", "").split(",")
+    assert sorted(found) == told.split(",")
+
+
+def test_a_message_without_content_is_named(toy):
+    for message in ({"role": "user"}, {"role": "system", "content": None}):
+        messages = [{"role": "user", "content": "x"}, message]
+        response = toy.http.post("/v1/chat/completions", json={"messages": messages})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "messages[1].content"
+
+
 def test_keys_size_and_strictness(start_toy):
     server = start_toy({"api_key": ["s3cret"], "max_body_bytes": 200, "strict_params": True})
     server.wait_ready()
@@ -201,6 +222,9 @@ def test_keys_size_and_strictness(start_toy):
     error_of(server.http.post("/v1/completions", json={**TEXT, "prompt": "x" * 300}), 413)
     error = error_of(server.http.post("/v1/completions", json={**TEXT, "shoe_size": 44}), 400)
     assert error["param"] == "shoe_size"
+    inside = {**TEXT, "stream": True, "stream_options": {"hat": 1}}
+    error = error_of(server.http.post("/v1/completions", json=inside), 400)
+    assert error["param"] == "stream_options.hat"
     for path, asked in (("/tokenize", {"prompt": "Once"}), ("/detokenize", {"tokens": [5]})):
         error = error_of(server.http.post(path, json={**asked, "shoe_size": 44}), 400)
         assert error["param"] == "shoe_size"

@@ -24,7 +24,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
-    """Raises RequestError that names the message at fault; contents are the template's to judge."""
+    """Raises RequestError that names the message at fault; contents are judged by the template."""
     if not messages:
         raise RequestError("There are no messages.", param="messages")
     for i, message in enumerate(messages):
@@ -34,6 +34,8 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
                 f"messages[{i}].role is {role!r}, it must be one of {', '.join(ROLES)}.",
                 param=f"messages[{i}].role",
             )
+        if role in ("system", "developer", "user") and message.get("content") is None:
+            raise RequestError(f"messages[{i}].content is missing.", param=f"messages[{i}].content")
 
 
 def render(chat: ChatRequest, tokenizer: Tokenizer, form: AnswerFormat | None = None) -> Prompt:

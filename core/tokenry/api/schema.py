@@ -160,6 +160,16 @@ _COPIED = [
 ]
 
 
+_MOST = {"bad_words": 1024, "dry_sequence_breakers": 64}
+"""Texts that are looked up in the vocabulary before a request may run."""
+_INSIDE = {
+    "stream_options": StreamOptions.__struct_fields__,
+    "response_format": ("type", "json_schema"),
+    "response_format.json_schema": ("name", "description", "schema", "strict"),
+}
+"""Fields that objects in the body may have."""
+
+
 def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, list[str]]:
     """The request, and the fields that mean nothing here (400 for them if `strict`)."""
     _refuse(data)
@@ -169,6 +179,7 @@ def decode(data: dict[str, Any], kind: type[R], *, strict: bool) -> tuple[R, lis
             raise RequestError(why, param=name, code="unsupported")
     meaningless = {*HARMLESS, *REFUSED, *_NEUTRAL}
     request, unknown = decode_known(data, kind, strict=strict, meaningless=meaningless)
+    unknown += _unknown_inside(data, strict=strict)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true.", param="stream_options")
     return request, unknown
@@ -189,6 +200,20 @@ def decode_known(
     if unknown and strict:
         raise RequestError(f"There is no field {unknown[0]!r}.", param=unknown[0])
     return convert({name: value for name, value in data.items() if name in known}, kind), unknown
+
+
+def _unknown_inside(data: dict[str, Any], *, strict: bool) -> list[str]:
+    """Fields of objects in the body that mean nothing here, by their paths (400 if `strict`)."""
+    found = []
+    for path, known in _INSIDE.items():
+        inner: Any = data
+        for name in path.split("."):
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            found += sorted(f"{path}.{name}" for name in set(inner) - set(known))
+    if found and strict:
+        raise RequestError(f"There is no field {found[0]!r}.", param=found[0])
+    return found
 
 
 def _refuse(data: dict[str, Any]) -> None:
@@ -283,4 +308,16 @@ def _params(
     shape = shape_of(request)
     if shape is not None:
         given["structured_outputs"] = shape
-    return with_defaults(given | extras(request, defaults), defaults)
+    given |= extras(request, defaults)
+    for name, most in _MOST.items():
+        _check_texts(name, given.get(name, ()), most)
+    return with_defaults(given, defaults)
+
+
+def _check_texts(name: str, texts: Sequence[str], most: int) -> None:
+    if len(texts) > most:
+        raise RequestError(f"At most {most} {name} are served, got {len(texts)}.", param=name)
+    if any(isinstance(text, str) and len(text) > MAX_STOP_CHARS for text in texts):
+        raise RequestError(
+            f"Each of {name} may have {MAX_STOP_CHARS} characters at most.", param=name
+        )
