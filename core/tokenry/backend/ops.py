@@ -7,6 +7,7 @@ built, never in a step.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class OpTable:
         at.
         """
         op = self._ops.get(name)
-        if op is not None and op.supports(**meta):
+        if op is not None and _takes_sinks(op, meta) and op.supports(**meta):
             return op
         reference = REFERENCE_OPS[name]
         self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
@@ -62,6 +63,13 @@ class OpTable:
             )
         narrow = head and self._quantization == "int4"
         return quantize(weights, "int8" if narrow else self._quantization)
+
+
+def _takes_sinks(op: Op, meta: Mapping[str, Any]) -> bool:
+    """Whether a layer with sinks can hand them over: an op may be older than they are, and its
+    `supports` look at nothing of them.
+    """
+    return not meta.get("sinks") or "sinks" in inspect.signature(op.__call__).parameters
 
 
 def _check(name: str, op: Op) -> None:

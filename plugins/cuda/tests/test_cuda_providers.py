@@ -211,6 +211,7 @@ def test_a_model_is_served_from_captured_steps_with_a_library_s_attention(h200):
         ({"attention": "xformers"}, "one of auto, flash, flashinfer, aiter"),
         ({"attention": "flash", "deterministic": "true"}, "others choose their sums"),
         ({"tune": "true", "deterministic": "true"}, "with the table's tiles"),
+        ({"tune": "true", "kernels": "torch"}, "has no tiles"),
         ({"tune": "maybe"}, "one of false, true"),
     ],
 )

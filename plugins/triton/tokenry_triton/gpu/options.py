@@ -72,6 +72,11 @@ class GpuOptions:
                 "tiles: others choose their sums by the number of rows.",
                 mend="leave out kernels=torch, linear=fp8, attention and tune",
             )
+        if values.get("tune") == "true" and values.get("kernels") == "torch":
+            raise ConfigError(
+                "--backend-option tune=true: kernels=torch has no tiles.",
+                mend="leave one of them out",
+            )
         for key, example in NUMBERS.items():
             text = values.get(key, "0")
             if not (text.isascii() and text.isdecimal()):
