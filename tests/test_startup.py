@@ -112,6 +112,11 @@ def test_the_collector_runs_again_after_it_was_paused():
         assert not gc.isenabled()
         raise ValueError("wrong")
     assert gc.isenabled()
+    with collector_paused():
+        ring = [object() for _ in range(9)]
+        ring.append(ring)
+    assert any(x is ring for x in gc.get_objects(generation=2))
+    assert not gc.get_freeze_count()
     gc.disable()
     try:
         with collector_paused():

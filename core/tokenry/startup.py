@@ -32,6 +32,9 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was:
+            if not gc.get_freeze_count():
+                gc.freeze()  # what is there counts as old, and is not
+                gc.unfreeze()  # looked through as if it were new
             gc.enable()
 
 
