@@ -258,6 +258,24 @@ def test_a_long_text_is_refused_or_cut_as_asked(bert: Any, open_llm: Any, words:
     assert error.value.param == "truncate_prompt_tokens"
 
 
+def test_a_text_far_too_long_is_not_read_to_its_end_and_cut_alike(
+    bert: Any, cross: Any, open_llm: Any, words: Any
+) -> None:
+    llm = open_llm(bert[0])
+    long, short = words(*range(100)) * 30_000, words(*range(100)) + " "
+    with pytest.raises(RequestError, match=r"is 40 tokens.* has more than \d+ tokens"):
+        llm.embed(long, use_tqdm=False)
+    cut, whole = llm.embed([long, short * 2], truncate_prompt_tokens=-1, use_tqdm=False)
+    assert cut.prompt_token_ids == whole.prompt_token_ids
+    pairs = open_llm(cross[0])
+    for first in (words(3), short):
+        far, near = (
+            pairs.score(first, text, truncate_prompt_tokens=-1, use_tqdm=False)[0]
+            for text in (long, short * 2)
+        )
+        assert far.prompt_token_ids == near.prompt_token_ids
+
+
 def test_a_pair_is_cut_as_transformers_cuts_it(cross: Any, open_llm: Any, words: Any) -> None:
     from transformers import PreTrainedTokenizerFast
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenry.errors import RequestError
 from tokenry.pooling import PairTemplate, PoolingFacts, PoolingParams
-from tokenry.text.tokenizer import Tokenizer
+from tokenry.text.tokenizer import FAR, SLACK, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +130,17 @@ class PooledInputs:
         return number
 
     def _encode(self, text: str, param: str) -> Any:
+        """All tokens, or of a text that is far beyond the model's length more than it takes: the
+        rest of it would be refused or cut.
+        """
         try:
-            # the call for several texts lets other threads run meanwhile
-            return self._core.encode_batch([text], add_special_tokens=False)[0]
+            chars = FAR * self._max_len
+            while True:
+                # the call for several texts lets other threads run meanwhile
+                (found,) = self._core.encode_batch([text[:chars]], add_special_tokens=False)
+                if chars >= len(text) or len(found.ids) > self._max_len + 2 * SLACK:
+                    return found
+                chars *= 2
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError(
                 f"{param} cannot be encoded as UTF-8: {error}.", param=param
@@ -143,9 +151,11 @@ class PooledInputs:
         if count == 0:
             raise RequestError(f"{made.param} has no tokens.", param=made.param)
         if count > self._max_len:
+            far = count > self._max_len + SLACK
+            has = f"more than {count - SLACK}" if far else str(count)
             raise RequestError(
                 f"This model's maximum context length is {self._max_len} tokens. However, your "
-                f"input has {count} tokens.",
+                f"input has {has} tokens.",
                 param=made.param,
                 code="context_length_exceeded",
                 mend=f"shorten it to {self._max_len} tokens, or truncate_prompt_tokens: -1",

@@ -40,7 +40,7 @@ _LEGACY_FILES = (
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _LONG = 4096
 """Characters from which on a text is encoded while other threads run."""
-_FAR, _SLACK = 16, 1024
+FAR, SLACK = 16, 1024
 """Characters per token of the context from which on a prompt is looked at piecewise; tokens that a
 cut may add.
 """
@@ -181,9 +181,9 @@ class Tokenizer:
         """Beginnings of the text, each twice as long, until one has more tokens than fit: where it
         is cut, a beginning may have a few that the whole has not.
         """
-        most = _FAR * context
+        most = FAR * context
         while most < len(text):
-            count = len(self._ids(text[:most], special=False)) - _SLACK
+            count = len(self._ids(text[:most], special=False)) - SLACK
             if count > context:
                 raise RequestError(
                     f"This model's maximum context length is {context} tokens. However, the first "
