@@ -129,6 +129,85 @@ INLINE void value_tile(const float* p, T* const* blocks, int64_t size, int64_t h
     for (int v = 0; v < NV; v++) store(out + m * head_dim + v * LANES, acc[m][v]);
 }
 
+// Where bf16 pairs are multiplied by one instruction, queries and weights are rounded to bf16 and
+// paired with neighbouring keys' values, which are interleaved as they are read.
+template <class T>
+constexpr bool kPaired = false;
+template <>
+inline constexpr bool kPaired<bf16> = kDots;
+
+// Of each lane the values at `low` and `high`; 0 where there is no `high`.
+INLINE vu paired(const bf16* low, const bf16* high) {
+  const vu first = __builtin_convertvector(*reinterpret_cast<const vh_any*>(low), vu);
+  if (!high) return first;
+  return first | __builtin_convertvector(*reinterpret_cast<const vh_any*>(high), vu) << 16;
+}
+
+INLINE uint32_t paired(float low, float high) {
+  return uint32_t{narrow(low, static_cast<bf16*>(nullptr)).bits} |
+         uint32_t{narrow(high, static_cast<bf16*>(nullptr)).bits} << 16;
+}
+
+// As score_tile; q is [head_dim / 2][M] pairs.
+template <int M>
+INLINE void score_pairs(const uint32_t* q, const bf16* first, const bf16* second, int64_t size,
+                        int64_t head_dim, float* scores) {
+  constexpr int HALF = NV / 2;
+  vf acc[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[m][v] = vf{};
+  for (int64_t d = 0; d < head_dim; d += 2) {
+    const int64_t next = d + 1 < head_dim ? size : 0;
+    vu row[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < HALF; v++) {
+      const bf16 *one = first + d * size + v * LANES, *two = second + d * size + v * LANES;
+      row[v] = paired(one, next ? one + next : nullptr);
+      row[HALF + v] = paired(two, next ? two + next : nullptr);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[m][v] = dot2(acc[m][v], row[v], q[d / 2 * M + m]);
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < NV; v++) store(scores + m * kKeys + v * LANES, acc[m][v]);
+}
+
+// As value_tile; p is [M][kKeys] in pairs.
+template <int M>
+INLINE void value_pairs(const bf16* p, bf16* const* blocks, int64_t size, int64_t head_dim,
+                        int64_t count, float* out) {
+  vf acc[M][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) acc[m][v] = load(out + m * head_dim + v * LANES);
+  for (int64_t start = 0; start < count; start += size) {
+    const bf16* value = *blocks++;
+    const int64_t end = start + size < count ? start + size : count;
+    for (int64_t t = start; t < end; t += 2, value += 2 * head_dim) {
+      vu row[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++)
+        row[v] = paired(value + v * LANES, t + 1 < end ? value + head_dim + v * LANES : nullptr);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; m++) {
+        uint32_t two;
+        memcpy(&two, p + m * kKeys + t, 4);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[m][v] = dot2(acc[m][v], row[v], two);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) store(out + m * head_dim + v * LANES, acc[m][v]);
+}
+
 // One tile of M rows against the keys of one chunk.
 template <int M, class T>
 void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* const* keys,
@@ -140,7 +219,10 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
     const T* first = keys[t / size] + t % size;
     const int64_t u = t + 16 < count ? t + 16 : t;  // past the end: any keys, masked below
     const T* second = keys[u / size] + u % size;
-    score_tile<M>(q, first, second, size, a.head_dim, p + t);
+    if constexpr (kPaired<T>)
+      score_pairs<M>(reinterpret_cast<const uint32_t*>(q), first, second, size, a.head_dim, p + t);
+    else
+      score_tile<M>(q, first, second, size, a.head_dim, p + t);
     if constexpr (sizeof(T) == 1) {
       const float* scales[2] = {scales_of(a, keys[t / size]) + t % size,
                                 scales_of(a, keys[u / size]) + u % size};
@@ -190,11 +272,20 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
       for (int m = 0; m < M; m++) p[m * kKeys + t] *= scale;
     }
   }
+  alignas(64) bf16 pairs[kPaired<T> ? M * kKeys : 1];
+  if constexpr (kPaired<T>) {  // up to the end of the panel: 0 after the last key
+    for (int m = 0; m < M; m++)
+      for (int64_t t = 0; t < padded; t += kPanel)
+        narrow_panel(p + m * kKeys + t, pairs + m * kKeys + t);
+  }
   int64_t d = 0;
   for (; d + kPanel <= a.head_dim; d += kPanel) {
     T* here[kKeys / 16];
     for (int64_t b = 0; b * size < count; b++) here[b] = values[b] + d;
-    value_tile<M>(p, here, size, a.head_dim, count, out + d);
+    if constexpr (kPaired<T>)
+      value_pairs<M>(pairs, here, size, a.head_dim, count, out + d);
+    else
+      value_tile<M>(p, here, size, a.head_dim, count, out + d);
   }
   for (; d < a.head_dim; d++) {
     for (int m = 0; m < M; m++) {
@@ -237,7 +328,14 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
   for (int64_t r = 0; r < rows; r++) {
     const int64_t at = r / tile * tile, here = least_of(tile, rows - at);
     const float* from = a.q + (token + r / G) * a.q_stride + (head * G + r % G) * D;
-    for (int64_t d = 0; d < D; d++) q[at * D + d * here + r - at] = from[d] * a.scale;
+    if (kDots && a.format == kBF16) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(q + at * D);
+      for (int64_t d = 0; d < D; d += 2)
+        to[d / 2 * here + r - at] =
+            paired(from[d] * a.scale, d + 1 < D ? from[d + 1] * a.scale : 0.0f);
+    } else {
+      for (int64_t d = 0; d < D; d++) q[at * D + d * here + r - at] = from[d] * a.scale;
+    }
     last[r] = cached + r / G;
   }
   return {rows, tile, cached, count, last, q, q + rows * D};
@@ -267,7 +365,8 @@ void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t he
       const int64_t here = least_of(at.tile, rows - r);
       if (at.last[r + here - 1] < start) continue;
       if (a.window && at.last[r] - a.window + 1 >= start + keys_here) continue;
-      chunk_of<MAX_TILE, T>(here, a, at.q + r * D, at.last + r, keys, values, start, keys_here,
+      const int64_t visible = least_of(keys_here, at.last[r + here - 1] + 1 - start);
+      chunk_of<MAX_TILE, T>(here, a, at.q + r * D, at.last + r, keys, values, start, visible,
                             most + r, total + r, out + r * D);
     }
   }

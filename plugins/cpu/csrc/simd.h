@@ -184,6 +184,17 @@ INLINE vf dot2(vf acc, vu w, uint32_t x) {
 #endif
 }
 
+// kPanel values as bf16, rounded to the nearest, ties to even; subnormal ones become 0 where there
+// is an instruction for it.
+INLINE void narrow_panel(const float* x, bf16* y) {
+#if defined(__AVX512BF16__)
+  const auto both = _mm512_cvtne2ps_pbh((__m512)load(x + LANES), (__m512)load(x));
+  memcpy(y, &both, sizeof both);
+#else
+  for (int64_t i = 0; i < kPanel; i++) y[i] = narrow(x[i], y);
+#endif
+}
+
 // acc[i] += sum over j < 4 of u[4i+j] * s[j], u unsigned, s signed bytes: 4 products a lane.
 INLINE vi dot4(vi acc, vb u, int32_t s) {
 #if defined(__AVX512VNNI__)
