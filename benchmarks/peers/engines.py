@@ -40,7 +40,8 @@ class Tokenry:
         from tokenry import LLM, SamplingParams
 
         quantized = {"quantization": precision} if precision.startswith("int") else {}
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float32")
+        # with quantised weights the KV has 16 bits, as llama.cpp's has (OpenVINO's has 8)
+        dtype = "float32" if precision == "fp32" else "bfloat16"
         self._params = SamplingParams
         self._llm = LLM(
             str(model),
