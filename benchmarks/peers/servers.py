@@ -20,7 +20,8 @@ from pathlib import Path
 from peers.engines import CONTEXT, SEQUENCES
 
 CLIENTS, REQUESTS, PROMPT, OUT = 8, 32, 200, 64
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "float32", "int4": "float32"}
+DTYPES = {"fp32": "float32"} | dict.fromkeys(("bf16", "int8", "int4"), "bfloat16")
+"""Of the KV, too: 16 bits, as llama.cpp has them, where the weights are quantised."""
 
 
 def command(
