@@ -151,8 +151,7 @@ def assemble(
     pools_whole = pooling is not None and pooling.method != "last"
     engine = Engine(
         replace(
-            _limits(config, runner),
-            overlap_from=backend.caps.overlap_from,
+            _limits(config, backend.caps, runner),
             pools_whole=pools_whole,
             forks=backend.caps.phases.chunked,
         ),
@@ -296,7 +295,13 @@ def _runner_config(config: EngineConfig) -> RunnerConfig:
     )
 
 
-def _limits(config: EngineConfig, runner: ModelRunner | EncoderRunner) -> EngineLimits:
+def _overlaps(config: EngineConfig, caps: Caps) -> bool:
+    if config.overlap is None:
+        return caps.token_feedback and caps.overlap_pays
+    return config.overlap
+
+
+def _limits(config: EngineConfig, caps: Caps, runner: ModelRunner | EncoderRunner) -> EngineLimits:
     return EngineLimits(
         num_blocks=runner.plan.num_blocks,
         block_size=runner.block_size,
@@ -306,6 +311,6 @@ def _limits(config: EngineConfig, runner: ModelRunner | EncoderRunner) -> Engine
         prefix_caching=config.enable_prefix_caching,
         chunked_prefill=config.enable_chunked_prefill,
         policy=config.scheduling_policy,
-        overlap=config.overlap,
+        overlap=_overlaps(config, caps),
         seed=config.seed,
     )

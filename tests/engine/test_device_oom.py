@@ -33,20 +33,18 @@ loads = st.lists(
     load=loads,
     ooms=st.dictionaries(st.integers(1, 40), WHERE, max_size=20),
     overlap=st.booleans(),
-    overlap_from=st.sampled_from([1, 3]),
     chunked=st.booleans(),
     num_blocks=st.sampled_from([12, 18, 64]),
     policy=st.sampled_from(["fcfs", "priority"]),
 )
 def test_tokens_are_those_of_a_run_without_the_fault(
-    load, ooms, overlap, overlap_from, chunked, num_blocks, policy
+    load, ooms, overlap, chunked, num_blocks, policy
 ):
     chosen = limits(
         num_blocks=num_blocks,
         max_num_batched_tokens=16 if chunked else 44,
         max_model_len=44,
         overlap=overlap,
-        overlap_from=overlap_from,
         chunked_prefill=chunked,
         policy=policy,
     )

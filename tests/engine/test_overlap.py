@@ -9,7 +9,6 @@ the steps may differ.
 from __future__ import annotations
 
 import random
-import threading
 
 import pytest
 from oracle import OracleRunner, expected, limits, request, tokens_of
@@ -37,11 +36,11 @@ LOADS = {
 }
 
 
-def served(name, *, overlap, **more):
+def served(name, *, overlap):
     """Rows of each step, and tokens of each request."""
     chosen, arrivals = LOADS[name]()
     runner = OracleRunner(4)
-    engine = EngineCore(limits(**chosen, overlap=overlap, **more), runner)
+    engine = EngineCore(limits(**chosen, overlap=overlap), runner)
     events: dict[str, list] = {}
     for step in range(500):
         for message in arrivals.get(step, ()):
@@ -73,31 +72,3 @@ def test_tokens_are_the_same_with_and_without_overlap(load):
     _, waited, _ = served(load, overlap=False)
     assert overlapped == waited == want
     print(f"\n{load}: {sum(map(len, want.values()))} tokens of {len(want)} requests, all equal")
-
-
-@pytest.mark.parametrize("load", LOADS)
-def test_small_steps_are_waited_for_among_larger_ones_that_are_not(load):
-    """Where a step has few requests the hand-over costs more than the wait."""
-    _, some, want = served(load, overlap=True, overlap_from=3)
-    assert some == want
-
-
-def test_which_thread_runs_a_step_is_for_its_size_to_say():
-    threads: dict[int, set[str]] = {}
-
-    class Noted(OracleRunner):
-        def run(self, plan):
-            threads.setdefault(len(plan.rows), set()).add(threading.current_thread().name)
-            return super().run(plan)
-
-    engine = EngineCore(limits(overlap=True, overlap_from=3), Noted(4))
-    for i in range(4):
-        engine.add(request(f"r{i}", [3, 4 + i], max_tokens=3 * (i + 1)))
-    while engine.has_work():
-        engine.step()
-        engine.check_integrity()
-    engine.close()
-    here = threading.current_thread().name
-    assert sorted(threads) == [1, 2, 3, 4]
-    assert all((here in names) == (rows < 3) for rows, names in threads.items())
-    assert all(len(names) == 1 for names in threads.values())

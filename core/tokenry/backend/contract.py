@@ -112,9 +112,8 @@ class Caps:
     token_feedback    the next step can take its token ids from the previous one on the device.
     pinned_inputs     a step's inputs are copied from page-locked memory: elsewhere the driver may
                       wait for the steps before it.
-    overlap_from      requests of a step from which it pays to plan the next one while it runs: 1,
-                      always, where the host has nothing else to do; more where the device's work
-                      is done by the host's own cores.
+    overlap_pays      whether steps should be planned while one runs: not where the host's own cores
+                      do the device's work, which the planning would take from it.
     batch_invariant   a claim, tested if made: the bits of a row do not depend on the other rows or
                       on chunking.
     invariant_option  where it is not claimed: the `key=value` option with which the backend, opened
@@ -135,7 +134,7 @@ class Caps:
     sample_max_top_k: int | None = None
     token_feedback: bool = True
     pinned_inputs: bool = False
-    overlap_from: int = 1
+    overlap_pays: bool = True
     dist: str | None = None
     quant: frozenset[str] = frozenset()
     batch_invariant: bool = False

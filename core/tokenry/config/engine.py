@@ -63,7 +63,9 @@ class EngineConfig:
         "within its latency targets",
         "fcfs",
     )
-    overlap: bool = option("plan step N+1 while step N runs", True)
+    overlap: bool | None = option(
+        "plan step N+1 while step N runs; without it as the backend advises", None
+    )
     enforce_eager: bool = option(
         "run without captured or compiled programs (not on static devices)", False
     )

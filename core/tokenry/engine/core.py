@@ -1,9 +1,8 @@
 """The loop that joins scheduler and runner: one call is one step.
 
 In: AddRequest, abort ids. Out: events. With overlap, the plan of step N+1 is made while step N runs
-on the worker thread; without, and where a step has so few requests that the hand-over costs more
-than the wait, it is launched and waited for where it stands. Knows nothing of tensors, text or
-processes.
+on the worker thread; without, a step is launched and waited for where it stands. Knows nothing of
+tensors, text or processes.
 """
 
 from __future__ import annotations
@@ -82,16 +81,13 @@ class EngineCore:
         """
         self._let_in()
         plan = self._scheduler.schedule()
-        depth = 0
         if plan is not None:
-            depth = int(self._overlaps(plan))
             self._in_flight.append((plan, self._launch(plan)))
+        depth = 1 if self._worker is not None and plan is not None else 0
         if len(self._in_flight) > depth:
             self._finish_oldest()
         elif plan is None and not self._told:
             self._gate.wait(GATE_PATIENCE_S)  # nothing else is to be done
-        while len(self._in_flight) > depth:
-            self._finish_oldest()
         events = self._told + self._scheduler.take_events()
         self._told = []
         return events
@@ -158,15 +154,9 @@ class EngineCore:
             else:
                 self._told.append(TokensEvent(request_id=request_id))
 
-    def _overlaps(self, plan: StepPlan) -> bool:
-        return self._worker is not None and len(plan.rows) >= self.limits.overlap_from
-
     def _launch(self, plan: StepPlan) -> Launched:
-        if self._worker is not None and self._overlaps(plan):
+        if self._worker is not None:
             return self._worker.submit(self._runner.run, plan).result
-        for _, launched in self._in_flight:  # the runner takes one step after the other
-            with contextlib.suppress(Exception):  # told when that step is finished
-                launched()
         try:
             waiter = self._runner.run(plan)
         except Exception as error:  # whatever a step raises belongs to its requests: _finish_oldest

@@ -12,7 +12,6 @@ class EngineLimits:
 
     num_blocks   0: the model has no KV, and requests need no blocks.
     forks        the device can go on after blocks that another request computed.
-    overlap_from  requests of a step from which overlap pays; smaller steps are waited for.
     pools_whole  a pooling request needs every token of its prompt computed, not only the last.
     """
 
@@ -25,7 +24,6 @@ class EngineLimits:
     chunked_prefill: bool = True
     policy: Literal["fcfs", "priority", "slo"] = "fcfs"
     overlap: bool = True
-    overlap_from: int = 1
     seed: int = 0
     pools_whole: bool = False
     forks: bool = True

@@ -38,10 +38,6 @@ NOT_BUILT = (
 VARIABLES = "TOKENRY_CPU_"
 KERNELS = ("auto", "native", "torch")
 KV_KINDS = ("auto", "int8")
-OVERLAP_FROM = 4
-"""Handing a step to another thread while both cores compute costs 0.3 to 0.5 ms at batch 1; from
-about four requests on it hides more than that.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +106,7 @@ class CpuBackend(Backend):
     caps = Caps(
         dtypes=("float32", "bfloat16", "float16"),
         block_sizes=(16, 32, 64, 128),
-        overlap_from=OVERLAP_FROM,
+        overlap_pays=False,
     )
 
     def __init__(self, options: CpuOptions, root: Path = Path("/")) -> None:
