@@ -22,14 +22,14 @@ static void *work(void *arg) {
     for (int j = 1; j < 8; j++) a[0] = _mm512_add_ps(a[0], a[j]);
     sink = _mm512_reduce_add_ps(a[0]);
   } else if (kind == 1) {
-    __m512 a[12], x = _mm512_set1_ps(1.000001f), y = _mm512_set1_ps(1e-9f);
-    for (int j = 0; j < 12; j++) a[j] = x;
+    // named registers: as an array the compiler may keep the sums in memory, and times that
+    __m512 a0 = _mm512_set1_ps(1), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0,
+           a8 = a0, a9 = a0, a10 = a0, a11 = a0, x = _mm512_set1_ps(1.000001f), y = _mm512_set1_ps(1e-9f);
     for (long i = 0; i < 20000000; i++) {
-      for (int j = 0; j < 12; j++) a[j] = _mm512_fmadd_ps(a[j], x, y);
-      __asm__ volatile("" : "+v"(a[0]));
+#define FMA(a) __asm__ volatile("vfmadd213ps %2, %1, %0" : "+v"(a) : "v"(x), "v"(y));
+      FMA(a0) FMA(a1) FMA(a2) FMA(a3) FMA(a4) FMA(a5) FMA(a6) FMA(a7) FMA(a8) FMA(a9) FMA(a10) FMA(a11)
     }
-    for (int j = 1; j < 12; j++) a[0] = _mm512_add_ps(a[0], a[j]);
-    sink = _mm512_reduce_add_ps(a[0]);
+    sink = _mm512_reduce_add_ps(a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + a8 + a9 + a10 + a11);
 #ifdef __AVX512VNNI__
   } else {
     __m512i a[12], x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(-2);
