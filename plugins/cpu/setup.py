@@ -39,6 +39,9 @@ if platform.machine().lower() in {"x86_64", "amd64"}:
         "csrc/isa_avx512.cpp": AVX512,
         "csrc/isa_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
         "csrc/isa_avx512_bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+        "csrc/amx.cpp": UNDEFINED,
+        "csrc/isa_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+        "csrc/isa_amx_standin.cpp": [*UNDEFINED, "-mavx2", "-mfma", "-mf16c"],
     }
 
 

@@ -17,6 +17,7 @@ namespace {
 struct Candidate {
   const Kernels* kernels;
   bool usable;
+  bool standin;  // for tests: runs only where it is asked for by name
 };
 
 const std::vector<Candidate>& candidates() {
@@ -29,12 +30,23 @@ const std::vector<Candidate>& candidates() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    list.push_back({&kBf16Kernels, vnni && __builtin_cpu_supports("avx512bf16")});
-    list.push_back({&kVnniKernels, vnni});
-    list.push_back({&kAvx512Kernels, avx512});
-    list.push_back({&kAvx2Kernels, avx2});
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    list.push_back({&kBf16Kernels, bf16, false});
+    if (bf16 && amx_usable()) {  // behind what it is made of: no machine has run it yet
+      static const Kernels amx = with_amx(kBf16Kernels);
+      list.push_back({&amx, true, false});
+    }
+    list.push_back({&kVnniKernels, vnni, false});
+    list.push_back({&kAvx512Kernels, avx512, false});
+    list.push_back({&kAvx2Kernels, avx2, false});
 #endif
-    list.push_back({&kPlainKernels, true});
+    list.push_back({&kPlainKernels, true, false});
+#if defined(__x86_64__)
+    if (avx2) {
+      static const Kernels standin = with_standin(bf16 ? kBf16Kernels : kAvx2Kernels);
+      list.push_back({&standin, true, true});
+    }
+#endif
     return list;
   }();
   return all;
@@ -101,6 +113,14 @@ struct Rows {
   std::vector<int32_t> sums;
 };
 
+std::string names_of(bool standins) {
+  std::string all;
+  for (const Candidate& c : candidates())
+    if (c.usable && c.standin == standins)
+      all += (all.empty() ? "" : " ") + std::string(c.kernels->name);
+  return all;
+}
+
 }  // namespace
 
 void* scratch(int64_t bytes) {
@@ -126,14 +146,14 @@ API int32_t tk_set_isa(const char* name) {
   return 0;
 }
 
-// Names of the usable instruction sets, best first, with blanks between.
+// Names of the usable instruction sets, best first, with blanks between; and of what stands in for
+// one that this machine may not have.
 API const char* tk_isas() {
-  static const std::string names = [] {
-    std::string all;
-    for (const Candidate& c : candidates())
-      if (c.usable) all += (all.empty() ? "" : " ") + std::string(c.kernels->name);
-    return all;
-  }();
+  static const std::string names = names_of(false);
+  return names.c_str();
+}
+API const char* tk_standins() {
+  static const std::string names = names_of(true);
   return names.c_str();
 }
 

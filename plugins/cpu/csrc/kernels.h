@@ -112,6 +112,11 @@ struct Kernels {
 extern const Kernels kPlainKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels, kBf16Kernels;
+bool amx_usable();
+// Another set whose int8 and bf16 products are AMX's: by the instructions, or by what stands in for
+// them where there are none.
+Kernels with_amx(const Kernels& other);
+Kernels with_standin(const Kernels& other);
 #endif
 
 }  // namespace tokenry

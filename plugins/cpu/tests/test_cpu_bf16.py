@@ -11,7 +11,7 @@ from tokenry_cpu import native, native_ops, program
 WIDTHS = [(64, 96), (768, 300), (2049, 33), (1, 1), (7, 70)]
 
 
-@pytest.fixture(params=native.isas())
+@pytest.fixture(params=[*native.isas(), *native.standins()])
 def isa(request):
     """One instruction set after the other."""
     assert native.set_isa(request.param)

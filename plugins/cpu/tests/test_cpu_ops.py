@@ -45,7 +45,7 @@ class Native:
         return both.contiguous()
 
 
-@pytest.fixture(params=["torch", *native.isas()], scope="module")
+@pytest.fixture(params=["torch", *native.isas(), *native.standins()], scope="module")
 def kernels(request):
     """One set of kernels after the other."""
     if request.param == "torch":
@@ -259,7 +259,7 @@ def dequantised(weight, format):
     return best.flatten(1)[:, : weight.shape[1]]
 
 
-@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("isa", [*native.isas(), *native.standins()])
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize(("inner", "outer"), [(64, 96), (768, 300), (40, 33), (1, 1)])
 def test_quantised_linear_is_its_format_s_and_rows_keep_their_bits(isa, format, inner, outer):

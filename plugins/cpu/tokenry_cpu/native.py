@@ -132,6 +132,13 @@ def isas() -> tuple[str, ...]:
     return tuple(library().tk_isas().decode().split())
 
 
+def standins() -> tuple[str, ...]:
+    """Kernels of instructions that this machine may lack, carried out in C++: for tests, slow."""
+    names = library().tk_standins
+    names.restype = c_char_p
+    return tuple(names().decode().split())
+
+
 def set_isa(name: str) -> bool:
     """Run the kernels of that instruction set from now on; False if there are none to run."""
     return bool(library().tk_set_isa(name.encode()))
