@@ -7,7 +7,7 @@ namespace tokenry {
 // Weights lie in panels of this many outputs, whatever the instruction set.
 constexpr int64_t kPanel = 32;
 // Inputs of a 4-bit group that share a scale.
-constexpr int64_t kGroup = 32;
+constexpr int64_t kGroup = 64;
 // Inputs summed before the sum is added to the output.
 constexpr int64_t kDepth = 512;
 // Rows of activations worked on together while a panel is in the cache.
@@ -20,7 +20,7 @@ constexpr int64_t kPiece = 1024;
 // kBF16Dots: bf16 weights whose activations are rounded to bf16 once (to nearest, ties to even) and
 // multiplied in pairs with float32 sums: one instruction where the machine has it.
 // Version of what follows: weights packed with another are not read from a cache.
-constexpr int32_t kLayout = 1;
+constexpr int32_t kLayout = 2;
 
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kBF16Dots = 5 };
 
@@ -30,8 +30,8 @@ constexpr bool quantised(int32_t format) { return format == kInt8 || format == k
 //   fp32, fp16     [panels][k][kPanel]
 //   bf16           [panels][k/2][kPanel][2], neighbouring inputs side by side
 //   int8           [panels][k/4][kPanel][4] unsigned (value + 128), scales [panels * kPanel]
-//   int4           [panels][k/32][4][kPanel][4] bytes: low nibble input j, high nibble input j + 4
-//                  of each 8 (value + 8), scales [panels][k/32][kPanel]
+//   int4           [panels][k/64][8][kPanel][4] bytes: low nibble input j, high nibble input j + 4
+//                  of each 8 (value + 8), scales [panels][k/64][kPanel]
 // n and k are padded with zeros to whole panels and groups.
 struct Weight {
   int32_t format;
@@ -47,7 +47,7 @@ struct Packed {
   int64_t rows, tile;  // rows in all, rows of a tile
   void* data;          // float: [tiles][k][tile]; dots: [tiles][k/2][tile][2] bf16;
                        // int8, int4: [tiles][k/4][tile][4]
-  float* scales;       // int8: [rows]; int4: [tiles][k/32][tile]
+  float* scales;       // int8: [rows]; int4: [tiles][k/64][tile]
   int32_t* sums;       // sums of the quantised values, shaped like scales
 };
 

@@ -152,9 +152,9 @@ void int4_tile(const Packed& x, const Weight& w, int64_t panel, int64_t tile, co
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++) acc[m][v] = splat(-8 * x_sums[g * M + m]);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      const uint8_t* pair = bytes + (g * 4 + j) * kPanel * 4;
+#pragma GCC unroll 8
+    for (int j = 0; j < kGroup / 8; j++) {
+      const uint8_t* pair = bytes + (g * kGroup / 8 + j) * kPanel * 4;
       const int8_t* at = rows + (g * kGroup + j * 8) * M;
       vb low[NV], high[NV];
 #pragma GCC unroll 8

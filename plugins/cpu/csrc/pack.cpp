@@ -223,17 +223,17 @@ INLINE void pack_int4(const Weight& w, const float* source, int64_t panel) {
       const int64_t n = w.k - g * kGroup < kGroup ? w.k - g * kGroup : kGroup;
       const float scale = best_scale(x, n);
       scales[g * kPanel + i] = scale;
-      for (int64_t half = 0; half < 2; half++) {
+      for (int64_t part = 0; part < kGroup / kLanes; part++) {
         Floats q = Floats{} + 8.0f;
         if (scale != 0)
-          q += rounded(clamped(some(x + half * kLanes, n - half * kLanes) / scale, -8.0f, 7.0f));
+          q += rounded(clamped(some(x + part * kLanes, n - part * kLanes) / scale, -8.0f, 7.0f));
         const Bytes levels = __builtin_convertvector(__builtin_convertvector(q, Ints), Bytes);
         for (int64_t j = 0; j < 2; j++) {
           uint32_t low, high;
           memcpy(&low, reinterpret_cast<const char*>(&levels) + j * 8, 4);
           memcpy(&high, reinterpret_cast<const char*>(&levels) + j * 8 + 4, 4);
           low |= high << 4;
-          memcpy(to + (g * 4 + half * 2 + j) * kPanel * 4 + i * 4, &low, 4);
+          memcpy(to + (g * kGroup / 8 + part * 2 + j) * kPanel * 4 + i * 4, &low, 4);
         }
       }
     }

@@ -238,11 +238,11 @@ def test_linear_computes_few_different_row_counts():
 
 
 def dequantised(weight, format):
-    """The weight as the format's definition has it: by channel, or by channel and 32 inputs."""
+    """The weight as the format's definition has it: by channel, or by channel and 64 inputs."""
     if format == "int8":
         scale = weight.abs().amax(1, keepdim=True) / 127
         return torch.round(weight / scale) * scale
-    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
+    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 64)).unflatten(1, (-1, 64))
     least, best = torch.full(groups.shape[:2], torch.inf), torch.zeros(groups.shape)
     top = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     for sign in (-1, 1):
@@ -270,7 +270,7 @@ def test_quantised_linear_is_its_format_s_and_rows_keep_their_bits(isa, format, 
     op = native_ops.Linear()
     packed = op.quantize({"weight": weight, "bias": bias}, format)
     full = op(x, packed)
-    group = inner if format == "int8" else 32
+    group = inner if format == "int8" else 64
     padded = torch.nn.functional.pad(x, (0, -inner % group)).unflatten(1, (-1, group))
     scale = padded.abs().amax(2, keepdim=True) / 127
     rounded = (torch.round(padded / scale).nan_to_num() * scale).flatten(1)[:, :inner]

@@ -22,7 +22,7 @@ from tokenry_cpu.moe import RowMoe
 from tokenry_cpu.pack_cache import PackCache
 
 QUANT = frozenset({"int8", "int4"})
-"""int8: one scale an output channel; int4: one for 32 inputs of a channel."""
+"""int8: one scale an output channel; int4: one for 64 inputs of a channel."""
 
 
 def ops() -> Mapping[str, Op]:
@@ -71,7 +71,7 @@ class Linear(ReferenceOp):
 
     def quantize(self, weights: Mapping[str, Tensor], format: str) -> Mapping[str, Any]:
         """In `QUANT`'s formats; activations are then quantised to 8 bits in each call, per row for
-        int8, per row and 32 inputs for int4.
+        int8, per row and 64 inputs for int4.
         """
         weight = weights["weight"].float()
         return {"packed": self._packed(weight, weights.get("bias"), format)}
