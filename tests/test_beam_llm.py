@@ -137,7 +137,7 @@ def test_extras_draw_the_same_alone_in_a_batch_overlapped_and_after_a_preemption
     ]
     assert together == alone
     assert len({*together}) == len(EXTRAS)
-    for values in ({"overlap": False}, CROWDED):
+    for values in ({"overlap": True}, {**CROWDED, "overlap": True}):
         with make(**values) as other:
             got = [o.outputs[0].token_ids for o in other.generate(prompts, EXTRAS, use_tqdm=False)]
             preemptions = other.get_metrics().num_preemptions

@@ -23,8 +23,8 @@ LIMITS = {"max_model_len": 64, "num_kv_blocks": 40, "dtype": "float32"}
 HOW = {
     "alone": {"overlap": False, "max_num_seqs": 1, "enable_prefix_caching": False},
     "seven": {"max_num_seqs": 7, "overlap": False},
-    "seven, overlapped": {"max_num_seqs": 7},
-    "chunks": {"max_num_seqs": 3, "max_num_batched_tokens": 7},
+    "seven, overlapped": {"max_num_seqs": 7, "overlap": True},
+    "chunks": {"max_num_seqs": 3, "max_num_batched_tokens": 7, "overlap": True},
 }
 
 

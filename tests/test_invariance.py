@@ -37,7 +37,8 @@ def serve(prompts, params, *, times=1, **config):
     """Token ids and their exact log-probabilities, of the last of so many rounds; and the
     preemptions.
     """
-    config = {"backend": "cpu", "max_model_len": 256, "num_kv_blocks": 256, **config}
+    sizes = {"max_model_len": 256, "num_kv_blocks": 256}
+    config = {"backend": "cpu", "overlap": True, **sizes, **config}
     with LLM("demo", **config) as llm:
         for _ in range(times):
             outputs = llm.generate(prompts, params, use_tqdm=False)

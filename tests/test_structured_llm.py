@@ -49,9 +49,9 @@ def test_alone_the_bound_answers_are_json(alone):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"num_kv_blocks": 64},
-        {"num_kv_blocks": 20},
-        {"num_kv_blocks": 64, "max_num_batched_tokens": 8, "max_num_seqs": 4},
+        {"num_kv_blocks": 64, "overlap": True},
+        {"num_kv_blocks": 20, "overlap": True},
+        {"num_kv_blocks": 64, "overlap": True, "max_num_batched_tokens": 8, "max_num_seqs": 4},
         {"num_kv_blocks": 64, "overlap": False, "enable_prefix_caching": False},
     ],
     ids=["roomy", "preempted", "chunked", "no overlap"],
