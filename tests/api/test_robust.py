@@ -102,6 +102,16 @@ def test_ten_megabytes_of_something_are_refused_by_name(toy, body):
     still_serves(toy)
 
 
+@pytest.mark.parametrize(
+    ("route", "counted"), [("/tokenize", "count"), ("/v1/messages/count_tokens", "input_tokens")]
+)
+def test_tokens_of_messages_far_beyond_the_context_are_counted(toy, route, counted):
+    messages = [{"role": "user", "content": "king " * 20_000}]
+    answer = toy.http.post(route, json={"model": "demo", "messages": messages})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()[counted] > 20_000
+
+
 def test_a_text_that_is_encoded_whole_keeps_nobody_waiting(toy):
     """/tokenize gives all tokens, however many; the server answers others meanwhile."""
     text, answered = "king " * 400_000, 0

@@ -38,10 +38,17 @@ def check_messages(messages: Sequence[dict[str, Any]]) -> None:
             raise RequestError(f"messages[{i}].content is missing.", param=f"messages[{i}].content")
 
 
-def render(chat: ChatRequest, tokenizer: Tokenizer, form: AnswerFormat | None = None) -> Prompt:
+def render(
+    chat: ChatRequest,
+    tokenizer: Tokenizer,
+    form: AnswerFormat | None = None,
+    *,
+    whole: bool = False,
+) -> Prompt:
     """The prompt that the chat template makes of the messages and tools.
 
-    form  how the model writes calls; None: as its template says.
+    form   how the model writes calls; None: as its template says.
+    whole  however long it is, as for counting; else RequestError far beyond the context.
     """
     continued = bool(chat.continue_final_message)
     generation = chat.add_generation_prompt
@@ -59,7 +66,7 @@ def render(chat: ChatRequest, tokenizer: Tokenizer, form: AnswerFormat | None = 
         **{**_effort(chat, template.text), **_template_kwargs(chat)},
     )
     special = bool(chat.add_special_tokens)
-    ids = tokenizer.encode(text, add_special_tokens=special, param="messages")
+    ids = tokenizer.encode(text, add_special_tokens=special, whole=whole, param="messages")
     return Prompt(token_ids=ids, text=text, param="messages")
 
 

@@ -62,7 +62,8 @@ async def count_tokens(request: Request) -> Response:
     chat, _ = decode(chat_body(wanted), ChatRequest, strict=True)
     check_messages(chat.messages)
     service.admit()
-    prompt = await asyncio.to_thread(render, chat, service.engine.tokenizer, service.answer_format)
+    tokenizer, form = service.engine.tokenizer, service.answer_format
+    prompt = await asyncio.to_thread(render, chat, tokenizer, form, whole=True)
     return JSON({"input_tokens": len(prompt.token_ids)}, headers=ignored_header(unknown))
 
 

@@ -76,7 +76,8 @@ async def tokenize(request: Request) -> Response:
             chat_template_kwargs=wanted.chat_template_kwargs,
             tools=wanted.tools,
         )
-        made = await asyncio.to_thread(render, chat, tokenizer, service.answer_format)
+        form = service.answer_format
+        made = await asyncio.to_thread(render, chat, tokenizer, form, whole=True)
         ids = list(made.token_ids)
     else:
         assert prompt is not None
