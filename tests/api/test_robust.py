@@ -88,6 +88,7 @@ def test_bodies_that_are_no_request(toy, route, body):
         {"bad_words": [f"w{i}" for i in range(100_000)]},
         {"bad_words": ["w" * 1_000_000]},
         {"dry_multiplier": 1.0, "dry_sequence_breakers": [f"w{i}" for i in range(100_000)]},
+        {"dry_sequence_breakers": "[" * 1_000_000},
         {"n": 10**9},
         {"max_tokens": 10**30},
         {"seed": 10**30},

@@ -186,7 +186,7 @@ def _breakers(given: dict[str, Any], breakers: list[str] | str | None) -> None:
     if isinstance(breakers, str):
         try:
             breakers = json.loads(breakers if breakers.lstrip()[:1] == "[" else f"[{breakers}]")
-        except ValueError:
+        except (ValueError, RecursionError):
             text = "dry_sequence_breakers must be a list of strings."
             raise RequestError(text, param="dry_sequence_breakers") from None
     given["dry_sequence_breakers"] = breakers
