@@ -11,7 +11,10 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton_launches import long_decode
 
+from tokenry.errors import ConfigError
 from tokenry_triton import tune
+from tokenry_triton.gpu import choice
+from tokenry_triton.gpu.options import GpuOptions
 from tokenry_triton.launch import ARCHS, Tile
 from tokenry_triton.ops import triton_ops
 from tokenry_triton.tune import Tuner
@@ -198,3 +201,12 @@ def test_the_deterministic_mode_asks_nobody(tmp_path):
     with tuner.warm_up():
         linear(torch.ones(3, 64), linear.pack({"weight": torch.ones(8, 64)}))
     assert tuner.measured == 0
+
+
+@pytest.mark.parametrize("wanted", [{"tune": "true"}, {"deterministic": "true"}], ids=str)
+def test_what_needs_the_kernels_is_refused_where_they_are_missing(monkeypatch, wanted):
+    monkeypatch.setattr(choice, "missing_kernels", lambda: "triton")
+    gpu = choice.Gpu(backend="cuda", index=0, arch="sm_90", dtypes=("bfloat16",), fp8="none")
+    with pytest.raises(ConfigError, match=r"no Triton kernels here .triton is missing") as told:
+        choice.pick_ops(gpu, GpuOptions(**wanted))
+    assert told.value.mend == f"pip install triton, or leave out {next(iter(wanted))}=true"

@@ -56,8 +56,15 @@ def pick_ops(gpu: Gpu, options: GpuOptions, tuner: Tuner | None = None) -> Mappi
     missing = missing_kernels()
     if missing:
         text = f"The {gpu.backend} backend has no Triton kernels here ({missing} is missing)"
-        if options.kernels == "triton" or options.deterministic == "true":
-            raise ConfigError(f"{text}.", mend="pip install triton, or kernels=torch")
+        needing = {
+            "kernels=triton": options.kernels == "triton",
+            "deterministic=true": options.deterministic == "true",
+            "tune=true": options.tune == "true",
+        }
+        asked = [name for name, given in needing.items() if given]
+        if asked:
+            mend = f"pip install triton, or leave out {' and '.join(asked)}"
+            raise ConfigError(f"{text}.", mend=mend)
         log.warning("%s: plain torch computes instead, more slowly.", text)
         return _with_attention(plain, gpu, options)
     from tokenry_triton.ops import triton_ops
