@@ -62,6 +62,10 @@ def test_the_files_or_the_name_say_that_it_is_one(
         torch.testing.assert_close(one.outputs.score, want, atol=1e-5, rtol=1e-5)
     assert open_llm(named, task="generate").generate("w1", use_tqdm=False)
     assert open_llm(judge[0]).generate("w1", use_tqdm=False)
+    beside = tmp_path / "qwen3-reranker-trials" / "base"
+    beside.parent.mkdir()
+    beside.symlink_to(judge[0])
+    assert open_llm(beside).generate("w1", use_tqdm=False)
 
 
 def test_models_that_were_not_made_for_it_are_refused(

@@ -21,6 +21,8 @@ from tokenry.models.head import HeadLayer, PoolingPlan
 from tokenry.pooling import PairTemplate
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
+HUB_FOLDER = "models--"
+"""With it begins a repository's folder in the hub's cache; its revisions lie deeper."""
 MODULE = "LogitScore"
 """sentence-transformers' name of such a model's last module."""
 NO, YES = "no", "yes"
@@ -41,10 +43,13 @@ _NEEDED = (NO, YES, "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
 def judges(path: Path, config: ModelConfig, modules: Sequence[str]) -> bool:
-    """Whether the files or the name of a text model say that it is such a reranker."""
+    """Whether the files of a text model, or the name of its directory or repository, say that it is
+    such a reranker.
+    """
     if config.architecture not in ARCHITECTURES:
         return False
-    named = "qwen3-reranker" in str(path).lower() and not modules
+    names = [path.name, *(part for part in path.parts if part.startswith(HUB_FOLDER))]
+    named = any("qwen3-reranker" in name.lower() for name in names) and not modules
     return named or MODULE in modules or config.get("classifier_from_token") == [NO, YES]
 
 
