@@ -235,6 +235,14 @@ class LastOfEquals(Sample):
         return torch.where(zero, greedy, super().__call__(logits, inputs)).to(torch.int32)
 
 
+class MissesNan(Sample):
+    """A NaN is found only where it comes first."""
+
+    def checked(self, logits, inputs):
+        broken = logits[:, 0].isnan() | logits.nan_to_num(nan=-torch.inf).amax(-1).isinf()
+        return self(logits, inputs), broken.to(torch.uint8)
+
+
 class SameDrawAlways(Sample):
     def __call__(self, logits, inputs):
         inputs = dataclasses.replace(inputs, uniform=torch.full_like(inputs.uniform, 0.5))

@@ -48,6 +48,7 @@ MUTANTS = {
     "one-gelu": with_op("act_mul", ops.OneGelu),
     "never-renormalises": with_op("moe", ops.NeverRenormalises),
     "last-of-equals": with_op("sample", ops.LastOfEquals),
+    "misses-nan": with_op("sample", ops.MissesNan),
     "same-draw-always": with_op("sample", ops.SameDrawAlways),
     "first-rows-top-k": with_op("sample", ops.FirstRowsTopK),
     "forgets-top-p": with_op("sample", ops.ForgetsTopP),

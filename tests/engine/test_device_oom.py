@@ -134,6 +134,14 @@ def test_a_request_that_fits_no_step_ends_with_the_figures_and_the_others_go_on(
     assert tokens_of(drain(engine)["after"]) == expected(request("after", [6] * 6))
 
 
+def test_where_no_prompt_was_in_the_step_prompts_are_cut_no_smaller():
+    retreat = Retreat(limits(max_num_seqs=8, max_num_batched_tokens=64))
+    retreat.shrink(8, 8)
+    assert (retreat.rows, retreat.tokens) == (4, 64)
+    retreat.shrink(4, 5)
+    assert (retreat.rows, retreat.tokens) == (2, 2)
+
+
 def test_bounds_shrink_to_what_fits_and_come_back():
     retreat = Retreat(limits(max_num_seqs=8, max_num_batched_tokens=64))
     assert not retreat.on

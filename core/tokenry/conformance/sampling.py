@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenry.backend.base import Backend, SampleInputs
+from tokenry.backend.base import Backend, Op, SampleInputs
 from tokenry.backend.contract import Caps
 from tokenry.backend.ops import OpTable
 from tokenry.backend.reference import REFERENCE_OPS
@@ -49,9 +49,13 @@ def moved(given: SampleInputs, device: str) -> SampleInputs:
     return replace(given, **{name: getattr(given, name).to(device) for name in names})
 
 
+def _op(backend: Backend, logits: torch.Tensor) -> Op:
+    return OpTable(backend.ops()).resolve("sample", vocab_size=logits.shape[1])
+
+
 def draw(backend: Backend, logits: torch.Tensor, given: SampleInputs) -> NDArray[np.int64]:
     """The backend's op, with its result checked for shape and dtype."""
-    op = OpTable(backend.ops()).resolve("sample", vocab_size=logits.shape[1])
+    op = _op(backend, logits)
     device = backend.caps.input_device
     with torch.inference_mode():
         out = op(logits.to(device), moved(given, device))
@@ -93,12 +97,31 @@ def greedy(kit: Kit) -> Iterator[Case]:
             given,
             want,
         )
+    yield attempt("sample: checked, if the op has it", _told, backend, logits, want)
     mixed = replace(inputs(6), temperature=torch.tensor([0.0, 0.0, 0.7, 0.0, 0.0, 1.0]))
     rows = [0, 1, 3, 4]
     yield attempt(
         "sample: greedy rows among others",
         lambda: _equal(draw(backend, logits, mixed)[rows], want[rows]),
     )
+
+
+def _told(backend: Backend, logits: torch.Tensor, want: NDArray[np.int64]) -> str | None:
+    """The ids of `checked`, and which rows it tells to be broken: NaN among others, infinity, none
+    but -inf.
+    """
+    checked = getattr(_op(backend, logits), "checked", None)
+    if checked is None:
+        return None
+    some = torch.cat([logits, logits_of(4, seed=3)])
+    some[6, 250], some[7, 0], some[8] = torch.nan, torch.inf, -torch.inf
+    device = backend.caps.input_device
+    given = replace(inputs(len(some), temperature=0.0), all_greedy=True)
+    with torch.inference_mode():
+        ids, broken = backend.fetch([*checked(some.to(device), moved(given, device))])()
+    if broken.tolist() != [0] * 6 + [1] * 3 + [0]:
+        return f"told {broken.tolist()}, but rows 6 (NaN), 7 (inf) and 8 (all -inf) are broken"
+    return _equal(ids[:6].astype(np.int64), want)
 
 
 def _chosen(

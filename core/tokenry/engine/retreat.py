@@ -8,14 +8,18 @@ Planner; knows no requests.
 
 from __future__ import annotations
 
+import logging
 import traceback
 
 from tokenry.engine.limits import EngineLimits
 
+log = logging.getLogger(__name__)
 ALONE_TRIES = 4
 """So often a step of one request alone is tried before the request ends with an error."""
 PATIENCE, MOST_PATIENCE = 16, 1024
-"""Steps that must have fitted before the bounds double; twice as many after each that did not."""
+"""Steps that must have fitted before the bounds double: twice PATIENCE after the first step that
+did not fit, twice as many after each further one.
+"""
 
 
 class Retreat:
@@ -42,7 +46,7 @@ class Retreat:
         self._good = 0
         self._patience = min(MOST_PATIENCE, 2 * self._patience)
         self.rows = max(1, min(self.rows, num_rows // 2))
-        if self._limits.chunked_prefill:
+        if self._limits.chunked_prefill and num_tokens > num_rows:  # a prompt's part was in it
             part = num_tokens // 2 if num_rows > 1 else num_tokens // 8
             self.tokens = max(self.rows, min(self.tokens, part))
 
@@ -58,6 +62,7 @@ class Retreat:
         self.tokens = min(self._limits.max_num_batched_tokens, 2 * self.tokens)
         if not self.on:
             self._patience = PATIENCE
+            log.info("steps are as large as the limits allow again")
 
 
 def release_frames(error: BaseException | None) -> None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from tokenry_triton.launch import Tile
 
@@ -96,10 +96,10 @@ class Tuner:
         return best
 
     def _time(self, tile: Tile, launch: Launch) -> float:
-        """Infinite for one that the device has no room for."""
+        """Infinite for one that the device has no room for, or its assembler no code."""
         try:
             return self._timer(lambda: launch(tile))
-        except OutOfResources:
+        except (OutOfResources, PTXASError):
             return float("inf")
 
 

@@ -1,7 +1,7 @@
-"""Small host values on their way to the device, which no step waits for.
+"""Small host values on their way to the device, without the wait that torch's own ways have.
 
-torch's own ways (`torch.tensor(..., device=)`, a list as an index, `.to(device)`) wait until all
-that was launched before has run.
+Those (`torch.tensor(..., device=)`, a list as an index, `.to(device)`) wait until all that was
+launched before has run. The memory is not pinned: a driver may copy what is large aside first.
 """
 
 from __future__ import annotations
