@@ -54,6 +54,16 @@ def server(start_server):
     return start_server().wait_ready()
 
 
+@pytest.fixture
+def slow_server(start_server):
+    """Its answers take long enough to be stopped: one core, and no native kernels."""
+    server = start_server(
+        "--backend-option", "kernels=torch", "--backend-option", "threads=1"
+    ).wait_ready()
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory):
     if not (CHROMIUM and DRIVER):
@@ -170,6 +180,15 @@ class Page:
 
 @pytest.fixture
 def page(driver, server):
+    yield from _opened(driver, server)
+
+
+@pytest.fixture
+def slow_page(driver, slow_server):
+    yield from _opened(driver, slow_server)
+
+
+def _opened(driver, server):
     one = Page(driver, server.url)
     one.open()
     with contextlib.suppress(Exception):

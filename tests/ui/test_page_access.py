@@ -129,7 +129,8 @@ def test_the_tabs_turn_by_arrow_keys(page):
     assert page.one("#chat").is_displayed()
 
 
-def test_the_end_of_an_answer_is_said_and_its_stream_is_not(page):
+def test_the_end_of_an_answer_is_said_and_its_stream_is_not(slow_page):
+    page = slow_page
     page.spy()
     page.set(max_tokens=1900)
     page.keys("Tell me a story.", Keys.ENTER)

@@ -33,7 +33,8 @@ def test_a_second_message_carries_the_conversation(page):
     assert said == [("user", "One."), ("assistant", first), ("user", "Two.")]
 
 
-def test_stop_keeps_what_was_said_and_the_server_forgets_the_request(page, server):
+def test_stop_keeps_what_was_said_and_the_server_forgets_the_request(slow_page, slow_server):
+    page, server = slow_page, slow_server
     page.spy()
     page.set(max_tokens=1500)
     page.js("document.querySelector('#probabilities').click()")
