@@ -55,6 +55,7 @@ from tokenry.messages import (
     Stats,
     TokensEvent,
 )
+from tokenry.startup import collector_paused
 
 DEFAULT_FACTORY = "tokenry.assemble:assemble"
 STATS_INTERVAL_S = 1.0
@@ -279,15 +280,12 @@ def _load_and_run(config: EngineConfig, factory: str, socket: zmq.Socket[bytes],
     engine: Any = None
     try:
         send(Progress(phase="importing"))
-        gc.disable()
-        try:
+        with collector_paused():
             assembled = find_factory(factory)(
                 config, lambda phase, share: send(Progress(phase=phase, share=share))
             )
             engine = assembled.engine
-            gc.freeze()  # 170,000 objects that stay: no collection need look through them
-        finally:
-            gc.enable()
+            gc.freeze()  # what stays: here no collection need ever look through it
         process = EngineProcess(engine, socket)
         threading.Thread(target=process.beat, args=(pulse,), daemon=True).start()
         send(assembled.ready)

@@ -106,7 +106,8 @@ class Sampler:
         return Sampled(token_ids=token_ids, broken=broken, errors=errors, mu=mu, mu_rows=mu_rows)
 
     def _check(self, logits: Tensor, inputs: SampleInputs) -> tuple[Tensor, Tensor]:
-        return self._op(logits, inputs), _not_finite(logits, LOGITS_BROKEN)
+        broken = _not_finite(logits, LOGITS_BROKEN)  # before the op, which may work in place
+        return self._op(logits, inputs), broken
 
     def _narrow(self, out: Tensor, ruled: Ruled) -> None:
         """Candidates of the rows whose parameters the `sample` op does not know, in place."""
