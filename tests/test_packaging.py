@@ -1,15 +1,14 @@
 """What a user installs: wheels, built here, in clean environments."""
 
 import subprocess
-import sys
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
+import wheelhouse
+from wheelhouse import CPU, DEMO, ROOT, pip, run
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 CONSTRAINTS = str(ROOT / "constraints.txt")
 
 BROKEN = {
@@ -29,31 +28,15 @@ py-modules = ["broken_backend"]
 }
 
 
-def run(*command, **options):
-    """The command's output; its own text if it fails."""
-    done = subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=False, **options
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def pip(*arguments):
-    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
-
-
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
     """Directory with the wheels of core, CPU backend and demo, and of a broken third-party
     backend.
     """
-    out = tmp_path_factory.mktemp("wheels")
     broken = tmp_path_factory.mktemp("broken")
     for name, text in BROKEN.items():
         (broken / name).write_text(text)
-    for source in (ROOT, ROOT / "plugins" / "cpu", ROOT / "demo", broken):
-        pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source)
-    return out
+    return wheelhouse.wheels(tmp_path_factory, ROOT, CPU, DEMO, broken)
 
 
 @pytest.fixture

@@ -6,20 +6,18 @@ import importlib.metadata
 import json
 import re
 import shutil
-import subprocess
-import sys
 import venv
 from pathlib import Path
 
 import pytest
+import wheelhouse
 from simdevice import environment
 from simdevice.build import library
+from wheelhouse import DEMO, ROOT, TEMPLATE, link_dependencies, pip, run
 
 from tokenry import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
-TEMPLATE = ROOT / "examples" / "backend_template"
 PROMPTS = ["Once upon a time", "The king said", "In the forest there lived"]
 CONFIG = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8}
 MOST_LINES = 150
@@ -33,41 +31,10 @@ with LLM("demo", backend="acme", **given["config"]) as llm:
 """
 
 
-def run(*command, **options):
-    """The command's output; its own text if it fails."""
-    done = subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=False, **options
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def pip(*arguments):
-    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
-
-
-def is_ours(name):
-    return re.match(r"(_*editable|tokenry|_tokenry|distutils-precedence|pip\b)", name.lstrip("_"))
-
-
-def link_dependencies(folder):
-    """All that is installed here, but for tokenry and its plugins, in a folder of links."""
-    folder.mkdir()
-    for site in dict.fromkeys(p for p in sys.path if Path(p).name.endswith("-packages")):
-        for entry in Path(site).iterdir():
-            if not is_ours(entry.name) and not (folder / entry.name).exists():
-                (folder / entry.name).symlink_to(entry)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
-    """Wheels of the core, the demo model and the template, whose sources are copied out first."""
-    out, sources = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("sources")
-    vendor = shutil.copytree(TEMPLATE, sources / "tokenry-acme")
-    for source in (ROOT, ROOT / "demo", vendor):
-        pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source)
-    return out
+    """Wheels of the core, the demo model and the template."""
+    return wheelhouse.wheels(tmp_path_factory, ROOT, DEMO, TEMPLATE)
 
 
 @pytest.fixture(scope="module")

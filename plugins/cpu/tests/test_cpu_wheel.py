@@ -7,21 +7,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-PLUGIN = Path(__file__).parents[1]
-ROOT = PLUGIN.parents[1]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (ROOT / "demo" / "pyproject.toml").is_file(), reason="not in the repository"
-    ),
-]
+wheelhouse = pytest.importorskip("wheelhouse", reason="not in the repository")
+CPU, DEMO, ROOT = wheelhouse.CPU, wheelhouse.DEMO, wheelhouse.ROOT
+pip, run = wheelhouse.pip, wheelhouse.run
+
+pytestmark = pytest.mark.slow
 OWN_TESTS = ("test_cpu_ops.py", "test_cpu_program.py", "test_cpu_sample.py")
 WITHOUT_TORCH = """
 import ctypes, sys
@@ -40,30 +36,10 @@ print(sys.version_info[:2], lib.tk_isas().decode())
 """
 
 
-def run(*command, **options):
-    """The command's output; its own text if it fails."""
-    done = subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=False, **options
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def pip(python, *arguments):
-    return run(python, "-m", "pip", "--disable-pip-version-check", *arguments)
-
-
-def is_ours(name):
-    return re.match(r"(_*editable|_*tokenry|distutils-precedence|pip\b)", name)
-
-
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
     """Wheels of the core, the demo model and this plugin."""
-    out = tmp_path_factory.mktemp("wheels")
-    for source in (ROOT, ROOT / "demo", PLUGIN):
-        pip(sys.executable, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source)
-    return out
+    return wheelhouse.wheels(tmp_path_factory, ROOT, DEMO, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +48,12 @@ def clean(tmp_path_factory, wheels):
     home = tmp_path_factory.mktemp("home")
     venv.create(home / "venv", with_pip=True)
     python = home / "venv" / "bin" / "python"
-    links = home / "dependencies"
-    links.mkdir()
-    for site in dict.fromkeys(p for p in sys.path if Path(p).name.endswith("-packages")):
-        for entry in Path(site).iterdir():
-            if not is_ours(entry.name) and not (links / entry.name).exists():
-                (links / entry.name).symlink_to(entry)
+    links = wheelhouse.link_dependencies(home / "dependencies")
     site = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
     (site / "dependencies.pth").write_text(f"{links}\n")
-    pip(python, "uninstall", "-q", "-y", "setuptools")  # an old one, before the linked
-    pip(python, "install", "-q", "--no-index", "-f", wheels, "tokenry[demo]", "tokenry-cpu")
+    pip("uninstall", "-q", "-y", "setuptools", python=python)  # an old one, before the linked
+    target = ("-q", "--no-index", "-f", wheels)
+    pip("install", *target, "tokenry[demo]", "tokenry-cpu", python=python)
     return python
 
 
@@ -96,7 +68,7 @@ def test_the_wheel_is_for_every_python_and_holds_the_library(wheels):
 
 def test_its_own_tests_pass_in_a_clean_environment(clean, tmp_path):
     for name in OWN_TESTS:
-        shutil.copy(PLUGIN / "tests" / name, tmp_path)
+        shutil.copy(CPU / "tests" / name, tmp_path)
     own = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TOKENRY_")} | own
     where = run(clean, "-c", "import tokenry_cpu; print(tokenry_cpu.__file__)", env=environment)
@@ -106,7 +78,7 @@ def test_its_own_tests_pass_in_a_clean_environment(clean, tmp_path):
         env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert re.search(r"\d\d+ passed", said) and "failed" not in said
-    assert importlib.metadata.version("tokenry-cpu") in pip(clean, "list")
+    assert importlib.metadata.version("tokenry-cpu") in pip("list", python=clean)
 
 
 @pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
