@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenry.errors import TokenryError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_APPENDING = threading.Lock()
 
 
 class StorageFull(TokenryError):
@@ -55,8 +57,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add the bytes at the end, all of them or none."""
-    with room_for(path), path.open("ab", buffering=0) as file:
+    """Add the bytes at the end, all of them or none; threads may add to one file."""
+    # who takes back a half must not take back what others wrote behind it
+    with _APPENDING, room_for(path), path.open("ab", buffering=0) as file:
         length = file.tell()
         try:
             left = memoryview(data)
