@@ -70,6 +70,9 @@ const Kernels& kernels() {
 
 namespace {
 
+// A pass has rows for as many blocks, and for each thread one.
+constexpr int64_t kLeastBlocks = 4;
+
 // Below this many units for each thread, threads share one long context piece by piece.
 constexpr int64_t kUnitsPerThread = 4;
 
@@ -161,6 +164,11 @@ API const char* tk_standins() {
 API int32_t tk_bf16_dots() { return kernels().dots; }
 
 API void tk_threads(int32_t count) { set_threads(count); }
+
+// Rows that a pass of a program takes at a time (program.h).
+API int64_t tk_pass_rows() {
+  return kRowBlock * (get_threads() < kLeastBlocks ? kLeastBlocks : get_threads());
+}
 
 // counts[i] CPUs of node i, one after the other in `cpus`.
 API void tk_nodes(const int32_t* counts, int32_t nodes, const int32_t* cpus) {

@@ -8,16 +8,33 @@ namespace tokenry::NS {
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// bf16 lies in pairs, as one instruction multiplies them: neighbouring values of a key, neighbouring
+// keys' values.
+template <class T>
+constexpr bool kPaired = false;
+template <>
+inline constexpr bool kPaired<bf16> = true;
+
 template <class T>
 struct Block {
   T* base;
-  int64_t half, kv_heads;  // half: of a head's share of a block
+  int64_t size, head_dim, half, kv_heads;  // half: of a head's share of a block
   Block(const Attention& a)
       : base(static_cast<T*>(a.kv)),
-        half(a.block_size * (a.head_dim + (sizeof(T) == 1 ? int64_t(sizeof(float)) : 0))),
+        size(a.block_size),
+        head_dim(a.head_dim),
+        half(size * (head_dim + (kPaired<T> ? head_dim % 2 : 0) +
+                     (sizeof(T) == 1 ? int64_t(sizeof(float)) : 0))),
         kv_heads(a.kv_heads) {}
   T* keys(int64_t block, int64_t head) const { return base + (block * kv_heads + head) * 2 * half; }
   T* values(int64_t block, int64_t head) const { return keys(block, head) + half; }
+  // Where value d of key i is, and of the value that belongs to it.
+  int64_t in_keys(int64_t i, int64_t d) const {
+    return kPaired<T> ? (d / 2 * size + i) * 2 + d % 2 : d * size + i;
+  }
+  int64_t in_values(int64_t i, int64_t d) const {
+    return kPaired<T> ? (i / 2 * head_dim + d) * 2 + i % 2 : i * head_dim + d;
+  }
 };
 
 // The int8 format's scales, after the keys or the values of a block.
@@ -53,23 +70,43 @@ inline void write_int8(const Attention& a, int64_t token, int64_t head) {
   scales_of(a, values)[i] = quantise_row(v, a.head_dim, values + i * a.head_dim, 1);
 }
 
+// x[0, n) rounded to bf16, with zeros up to a whole panel.
+INLINE void narrow_row(const float* x, int64_t n, bf16* y) {
+  for (int64_t d = 0; d < n; d += kPanel) {
+    float last[kPanel] = {};
+    if (n - d < kPanel) memcpy(last, x + d, (n - d) * 4);
+    narrow_panel(n - d < kPanel ? last : x + d, y + d);
+  }
+}
+
+// Tokens of a pair may be written by two threads: each its own two bytes.
+inline void write_pairs(const Attention& a, int64_t token, int64_t head) {
+  const Block<bf16> at(a);
+  const int64_t slot = a.slots[token], block = slot / a.block_size, i = slot % a.block_size;
+  bf16 *keys = at.keys(block, head), *values = at.values(block, head);
+  bf16* line = static_cast<bf16*>(scratch((a.head_dim + kPanel) * 2));
+  narrow_row(a.k + token * a.k_stride + head * a.head_dim, a.head_dim, line);
+  for (int64_t d = 0; d < a.head_dim; d += 2) memcpy(keys + at.in_keys(i, d), line + d, 4);
+  narrow_row(a.v + token * a.v_stride + head * a.head_dim, a.head_dim, line);
+  bf16* to = values + at.in_values(i, 0);
+  for (int64_t d = 0; d < a.head_dim; d++) to[2 * d] = line[d];
+}
+
 template <class T>
 void write_as(const Attention& a, int64_t token, int64_t head) {
   const Block<T> at(a);
   const int64_t slot = a.slots[token], block = slot / a.block_size, i = slot % a.block_size;
-  T* keys = at.keys(block, head) + i;
-  T* values = at.values(block, head) + i * a.head_dim;
+  T *keys = at.keys(block, head) + i, *values = at.values(block, head) + i * a.head_dim;
   const float* k = a.k + token * a.k_stride + head * a.head_dim;
   const float* v = a.v + token * a.v_stride + head * a.head_dim;
-  for (int64_t d = 0; d < a.head_dim; d++) {
+  for (int64_t d = 0; d < a.head_dim; d++)
     keys[d * a.block_size] = narrow(k[d], static_cast<T*>(nullptr));
-    values[d] = narrow(v[d], static_cast<T*>(nullptr));
-  }
+  for (int64_t d = 0; d < a.head_dim; d++) values[d] = narrow(v[d], static_cast<T*>(nullptr));
 }
 
 inline void write_kv(const Attention& a, int64_t token, int64_t head) {
   if (a.format == kF32) return write_as<float>(a, token, head);
-  if (a.format == kBF16) return write_as<bf16>(a, token, head);
+  if (a.format == kBF16) return write_pairs(a, token, head);
   if (a.format == kInt8) return write_int8(a, token, head);
   write_as<f16>(a, token, head);
 }
@@ -129,28 +166,33 @@ INLINE void value_tile(const float* p, T* const* blocks, int64_t size, int64_t h
     for (int v = 0; v < NV; v++) store(out + m * head_dim + v * LANES, acc[m][v]);
 }
 
-// Where bf16 pairs are multiplied by one instruction, queries and weights are rounded to bf16 and
-// paired with neighbouring keys' values, which are interleaved as they are read.
-template <class T>
-constexpr bool kPaired = false;
-template <>
-inline constexpr bool kPaired<bf16> = kDots;
+INLINE vu load_pairs(const bf16* p) { return *reinterpret_cast<const vu_any*>(p); }
 
-// Of each lane the values at `low` and `high`; 0 where there is no `high`.
-INLINE vu paired(const bf16* low, const bf16* high) {
-  const vu first = __builtin_convertvector(*reinterpret_cast<const vh_any*>(low), vu);
-  if (!high) return first;
-  return first | __builtin_convertvector(*reinterpret_cast<const vh_any*>(high), vu) << 16;
+// acc[m] += row's pairs times the two of row m, at x + m * step: bf16 pairs where one instruction
+// multiplies those, else floats.
+template <int M, class X>
+INLINE void add_pairs(const X* x, int64_t step, int64_t second, const vu (&row)[NV],
+                      vf (&acc)[M][NV]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) {
+    if constexpr (sizeof(X) == 2) {
+      uint32_t two;
+      memcpy(&two, x + m * step, 4);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[m][v] = dot2(acc[m][v], row[v], two);
+    } else {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[m][v] += x[m * step] * even(row[v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[m][v] += x[m * step + second] * odd(row[v]);
+    }
+  }
 }
 
-INLINE uint32_t paired(float low, float high) {
-  return uint32_t{narrow(low, static_cast<bf16*>(nullptr)).bits} |
-         uint32_t{narrow(high, static_cast<bf16*>(nullptr)).bits} << 16;
-}
-
-// As score_tile; q is [head_dim / 2][M] pairs.
-template <int M>
-INLINE void score_pairs(const uint32_t* q, const bf16* first, const bf16* second, int64_t size,
+// As score_tile; q is [head_dim / 2][M] pairs, or floats [head_dim][M], with a zero behind an odd
+// head_dim.
+template <int M, class X>
+INLINE void score_pairs(const X* q, const bf16* first, const bf16* second, int64_t size,
                         int64_t head_dim, float* scores) {
   constexpr int HALF = NV / 2;
   vf acc[M][NV];
@@ -159,26 +201,21 @@ INLINE void score_pairs(const uint32_t* q, const bf16* first, const bf16* second
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) acc[m][v] = vf{};
   for (int64_t d = 0; d < head_dim; d += 2) {
-    const int64_t next = d + 1 < head_dim ? size : 0;
     vu row[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < HALF; v++) {
-      const bf16 *one = first + d * size + v * LANES, *two = second + d * size + v * LANES;
-      row[v] = paired(one, next ? one + next : nullptr);
-      row[HALF + v] = paired(two, next ? two + next : nullptr);
+      row[v] = load_pairs(first + d * size + 2 * v * LANES);
+      row[HALF + v] = load_pairs(second + d * size + 2 * v * LANES);
     }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[m][v] = dot2(acc[m][v], row[v], q[d / 2 * M + m]);
+    add_pairs<M>(q + d * M, sizeof(X) == 2 ? 2 : 1, M, row, acc);
   }
   for (int m = 0; m < M; m++)
     for (int v = 0; v < NV; v++) store(scores + m * kKeys + v * LANES, acc[m][v]);
 }
 
-// As value_tile; p is [M][kKeys] in pairs.
-template <int M>
-INLINE void value_pairs(const bf16* p, bf16* const* blocks, int64_t size, int64_t head_dim,
+// As value_tile; p is [M][kKeys] of bf16 or floats, 0 after the last key.
+template <int M, class X>
+INLINE void value_pairs(const X* p, bf16* const* blocks, int64_t size, int64_t head_dim,
                         int64_t count, float* out) {
   vf acc[M][NV];
 #pragma GCC unroll 16
@@ -188,18 +225,17 @@ INLINE void value_pairs(const bf16* p, bf16* const* blocks, int64_t size, int64_
   for (int64_t start = 0; start < count; start += size) {
     const bf16* value = *blocks++;
     const int64_t end = start + size < count ? start + size : count;
-    for (int64_t t = start; t < end; t += 2, value += 2 * head_dim) {
-      vu row[NV];
+    vu row[NV];
+    int64_t t = start;
+    for (; t + 1 < end; t += 2, value += 2 * head_dim) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++)
-        row[v] = paired(value + v * LANES, t + 1 < end ? value + head_dim + v * LANES : nullptr);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++) {
-        uint32_t two;
-        memcpy(&two, p + m * kKeys + t, 4);
+      for (int v = 0; v < NV; v++) row[v] = load_pairs(value + 2 * v * LANES);
+      add_pairs<M>(p + t, kKeys, 1, row, acc);
+    }
+    if (t < end) {  // beside the last there may be anything
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) acc[m][v] = dot2(acc[m][v], row[v], two);
-      }
+      for (int v = 0; v < NV; v++) row[v] = load_pairs(value + 2 * v * LANES) & 0xffffu;
+      add_pairs<M>(p + t, kKeys, 1, row, acc);
     }
   }
 #pragma GCC unroll 16
@@ -215,12 +251,15 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
                 float* out) {
   alignas(64) float p[M * kKeys];
   const int64_t size = a.block_size;
+  const Block<T> at(a);
   for (int64_t t = 0; t < count; t += kPanel) {
-    const T* first = keys[t / size] + t % size;
+    const T* first = keys[t / size] + at.in_keys(t % size, 0);
     const int64_t u = t + 16 < count ? t + 16 : t;  // past the end: any keys, masked below
-    const T* second = keys[u / size] + u % size;
-    if constexpr (kPaired<T>)
-      score_pairs<M>(reinterpret_cast<const uint32_t*>(q), first, second, size, a.head_dim, p + t);
+    const T* second = keys[u / size] + at.in_keys(u % size, 0);
+    if constexpr (kPaired<T> && kDots)
+      score_pairs<M>(reinterpret_cast<const bf16*>(q), first, second, size, a.head_dim, p + t);
+    else if constexpr (kPaired<T>)
+      score_pairs<M>(q, first, second, size, a.head_dim, p + t);
     else
       score_tile<M>(q, first, second, size, a.head_dim, p + t);
     if constexpr (sizeof(T) == 1) {
@@ -234,6 +273,9 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
     }
   }
   const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
+  // first the maxima of all rows, then what needs them: the rows' reductions overlap
+  static_assert(M <= LANES, "a lane for each row");
+  alignas(64) float before[LANES] = {}, now[LANES] = {};
   for (int m = 0; m < M; m++) {
     float* row = p + m * kKeys;
     const int64_t end = least_of(last[m] + 1 - start, count);
@@ -244,27 +286,37 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
     }
     for (int64_t t = 0; t < least_of(begin, padded); t++) row[t] = -INFINITY;
     for (int64_t t = most_of(0, end); t < padded; t++) row[t] = -INFINITY;
-    vf top = splat(most[m]);
-    for (int64_t t = 0; t < padded; t += LANES) top = max(load(row + t), top);
-    const float now = largest(top);
-    if (!(now > -INFINITY)) {  // nothing to be seen here, or NaN only: that must stay visible
+    vf top[NV];
+    for (int v = 0; v < NV; v++) top[v] = splat(most[m]);
+    for (int64_t t = 0; t < padded; t += kPanel)
+      for (int v = 0; v < NV; v++) top[v] = max(load(row + t + v * LANES), top[v]);
+    for (int v = 1; v < NV; v++) top[0] = max(top[v], top[0]);
+    before[m] = most[m];
+    now[m] = largest(top[0]);
+  }
+  alignas(64) float shrink[LANES];
+  store(shrink, exp(load(before) - load(now)));
+  for (int m = 0; m < M; m++) {
+    float* row = p + m * kKeys;
+    if (!(now[m] > -INFINITY)) {  // nothing to be seen here, or NaN only: that must stay visible
       for (int64_t t = 0; t < padded; t++) row[t] = row[t] != row[t] ? row[t] : 0.0f;
       continue;
     }
-    if (now != most[m]) {
-      const vf shrink = exp(splat(most[m] - now));
-      total[m] *= shrink[0];
+    if (now[m] != before[m]) {
+      total[m] *= shrink[m];
       float* line = out + m * a.head_dim;
-      for (int64_t d = 0; d < a.head_dim; d++) line[d] *= shrink[0];
-      most[m] = now;
+      for (int64_t d = 0; d < a.head_dim; d++) line[d] *= shrink[m];
+      most[m] = now[m];
     }
-    vf here{};
-    for (int64_t t = 0; t < padded; t += LANES) {
-      const vf e = exp(load(row + t) - now);
-      store(row + t, e);
-      here += e;
-    }
-    total[m] += sum(here);
+    vf here[NV] = {};
+    for (int64_t t = 0; t < padded; t += kPanel)
+      for (int v = 0; v < NV; v++) {
+        const vf e = exp(load(row + t + v * LANES) - now[m]);
+        store(row + t + v * LANES, e);
+        here[v] += e;
+      }
+    for (int v = 1; v < NV; v++) here[0] += here[v];
+    total[m] += sum(here[0]);
   }
   if constexpr (sizeof(T) == 1) {  // a value's scale goes to its weight
     for (int64_t t = 0; t < count; t++) {
@@ -272,8 +324,9 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
       for (int m = 0; m < M; m++) p[m * kKeys + t] *= scale;
     }
   }
-  alignas(64) bf16 pairs[kPaired<T> ? M * kKeys : 1];
-  if constexpr (kPaired<T>) {  // up to the end of the panel: 0 after the last key
+  constexpr bool dots = kPaired<T> && kDots;
+  alignas(64) bf16 pairs[dots ? M * kKeys : 1];
+  if constexpr (dots) {  // up to the end of the panel: 0 after the last key
     for (int m = 0; m < M; m++)
       for (int64_t t = 0; t < padded; t += kPanel)
         narrow_panel(p + m * kKeys + t, pairs + m * kKeys + t);
@@ -281,9 +334,11 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
   int64_t d = 0;
   for (; d + kPanel <= a.head_dim; d += kPanel) {
     T* here[kKeys / 16];
-    for (int64_t b = 0; b * size < count; b++) here[b] = values[b] + d;
-    if constexpr (kPaired<T>)
+    for (int64_t b = 0; b * size < count; b++) here[b] = values[b] + at.in_values(0, d);
+    if constexpr (dots)
       value_pairs<M>(pairs, here, size, a.head_dim, count, out + d);
+    else if constexpr (kPaired<T>)
+      value_pairs<M>(p, here, size, a.head_dim, count, out + d);
     else
       value_tile<M>(p, here, size, a.head_dim, count, out + d);
   }
@@ -291,7 +346,7 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
     for (int m = 0; m < M; m++) {
       float acc = out[m * a.head_dim + d];
       for (int64_t t = 0; t < count; t++)
-        acc += p[m * kKeys + t] * one(values[t / size][t % size * a.head_dim + d]);
+        acc += p[m * kKeys + t] * one(values[t / size][at.in_values(t % size, d)]);
       out[m * a.head_dim + d] = acc;
     }
   }
@@ -310,9 +365,9 @@ void chunk_of(int64_t rows, const Attention& a, const float* q, const int64_t* l
 
 // Rows of a tile of queries, ready for the keys.
 struct Queries {
-  int64_t rows, tile, cached, count;
+  int64_t rows, tile, width, cached, count;
   int64_t* last;  // [rows] position of each
-  float* q;       // [tiles][head_dim][tile], scaled
+  float* q;       // [tiles][width][tile], scaled
   float* free;    // what follows in the scratch
 };
 
@@ -323,22 +378,29 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
   const int64_t cached = a.seq_lens[request] - a.q_lens[request] + first;
   const int64_t token = a.q_start[request] + first;
   const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, tile = (rows + tiles - 1) / tiles;
-  int64_t* last = static_cast<int64_t*>(scratch(rows * 8 + (rows * D + more) * 4));
+  const int64_t width = D + D % 2, line = width + kPanel;  // zeros behind the last
+  const int64_t floats = rows * width + more + tile * line;
+  int64_t* last = static_cast<int64_t*>(scratch(rows * 8 + floats * 4));
   float* q = reinterpret_cast<float*>(last + rows);
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t at = r / tile * tile, here = least_of(tile, rows - at);
-    const float* from = a.q + (token + r / G) * a.q_stride + (head * G + r % G) * D;
-    if (kDots && a.format == kBF16) {
-      uint32_t* to = reinterpret_cast<uint32_t*>(q + at * D);
-      for (int64_t d = 0; d < D; d += 2)
-        to[d / 2 * here + r - at] =
-            paired(from[d] * a.scale, d + 1 < D ? from[d + 1] * a.scale : 0.0f);
-    } else {
-      for (int64_t d = 0; d < D; d++) q[at * D + d * here + r - at] = from[d] * a.scale;
+  float* staged = q + rows * width + more;
+  bf16* narrowed = reinterpret_cast<bf16*>(staged);
+  for (int64_t at = 0; at < rows; at += tile) {
+    const int64_t here = least_of(tile, rows - at);
+    for (int64_t r = at; r < at + here; r++) {
+      const float* from = a.q + (token + r / G) * a.q_stride + (head * G + r % G) * D;
+      float* to = staged + (r - at) * line;
+      for (int64_t d = 0; d < D; d++) to[d] = from[d] * a.scale;
+      for (int64_t d = D; d < line; d++) to[d] = 0.0f;
+      // in place: what is written lies before what is still to be read
+      if (kDots && a.format == kBF16) narrow_row(to, D, narrowed + (r - at) * line);
+      last[r] = cached + r / G;
     }
-    last[r] = cached + r / G;
+    if (kDots && a.format == kBF16)
+      interleave(staged, line / 2, here, width / 2, q + at * width);
+    else
+      interleave(staged, line, here, width, q + at * width);
   }
-  return {rows, tile, cached, count, last, q, q + rows * D};
+  return {rows, tile, width, cached, count, last, q, q + rows * width};
 }
 
 // The keys of one piece: state = outputs [rows, D], maxima [rows], sums [rows].
@@ -366,7 +428,7 @@ void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t he
       if (at.last[r + here - 1] < start) continue;
       if (a.window && at.last[r] - a.window + 1 >= start + keys_here) continue;
       const int64_t visible = least_of(keys_here, at.last[r + here - 1] + 1 - start);
-      chunk_of<MAX_TILE, T>(here, a, at.q + r * D, at.last + r, keys, values, start, visible,
+      chunk_of<MAX_TILE, T>(here, a, at.q + r * at.width, at.last + r, keys, values, start, visible,
                             most + r, total + r, out + r * D);
     }
   }

@@ -192,7 +192,10 @@ template <int M>
 void one_tile(const Weight& w, const Packed& x, int64_t panel, int64_t tile, int64_t ahead,
               float* y, int64_t stride) {
   vf total[M][NV];
-  const int64_t at = tile * x.tile;
+  const int64_t at = tile * x.tile, first = panel * kPanel;
+  // the lines that are written at the end come while it computes
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < kPanel; i += 16) __builtin_prefetch(y + (at + m) * stride + first + i, 1);
   const float* floats = static_cast<const float*>(x.data) + at * w.depth;
   const int8_t* bytes = static_cast<const int8_t*>(x.data) + at * w.depth;
   const int64_t from = panel * w.depth * kPanel;
@@ -216,7 +219,7 @@ void one_tile(const Weight& w, const Packed& x, int64_t panel, int64_t tile, int
     default:
       int4_tile<M>(x, w, panel, tile, bytes, ahead, total);
   }
-  const int64_t first = panel * kPanel, count = w.n - first < kPanel ? w.n - first : kPanel;
+  const int64_t count = w.n - first < kPanel ? w.n - first : kPanel;
   for (int m = 0; m < M; m++) {
     float* out = y + (at + m) * stride + first;
     if (count == kPanel) {
@@ -269,10 +272,41 @@ inline void linear(const Weight& w, const Packed& x, int64_t panel, int64_t from
 
 // ---- activations ----
 
-// Quantises x[0, n) to [-127, 127] * scale, four neighbours to out[(d / 4) * 4 * rows]; what follows
-// up to `padded` is 0. A NaN or infinity becomes a NaN scale, so that it is seen in the output.
-inline void quantise(const float* x, int64_t n, int64_t padded, int64_t rows, int8_t* out,
-                     float* scale, int32_t* sum_out) {
+typedef uint32_t v4 __attribute__((vector_size(16)));
+typedef uint32_t v4_any __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t word __attribute__((may_alias, aligned(4)));
+
+// to[i * rows + m] = from[m * stride + i] for words i < n: neighbouring rows side by side.
+inline void interleave(const void* source, int64_t stride, int64_t rows, int64_t n, void* target) {
+  const word* from = static_cast<const word*>(source);
+  word* to = static_cast<word*>(target);
+  if (rows == 1) memcpy(to, from, n * 4);
+  for (int64_t m = 0; rows > 1 && m < rows; m += 4) {
+    if (rows - m < 4 && rows >= 4) m = rows - 4;  // some rows twice
+    int64_t i = 0;
+    for (; rows >= 4 && i + 4 <= n; i += 4) {
+      v4 row[4];
+      for (int j = 0; j < 4; j++)
+        row[j] = *reinterpret_cast<const v4_any*>(from + (m + j) * stride + i);
+      const v4 a = SHUFFLE(v4, row[0], row[1], 0, 4, 1, 5);
+      const v4 b = SHUFFLE(v4, row[2], row[3], 0, 4, 1, 5);
+      const v4 c = SHUFFLE(v4, row[0], row[1], 2, 6, 3, 7);
+      const v4 d = SHUFFLE(v4, row[2], row[3], 2, 6, 3, 7);
+      const v4 columns[4] = {
+          SHUFFLE(v4, a, b, 0, 1, 4, 5), SHUFFLE(v4, a, b, 2, 3, 6, 7),
+          SHUFFLE(v4, c, d, 0, 1, 4, 5), SHUFFLE(v4, c, d, 2, 3, 6, 7)};
+      for (int j = 0; j < 4; j++)
+        *reinterpret_cast<v4_any*>(to + (i + j) * rows + m) = columns[j];
+    }
+    for (; i < n; i++)
+      for (int64_t j = m; j < m + 4 && j < rows; j++) to[i * rows + j] = from[j * stride + i];
+  }
+}
+
+// Quantises x[0, n) to [-127, 127] * scale; what follows up to `padded`, a multiple of 4, is 0. A
+// NaN or infinity becomes a NaN scale, so that it is seen in the output.
+inline void quantise(const float* x, int64_t n, int64_t padded, int8_t* out, float* scale,
+                     int32_t* sum_out) {
   typedef int8_t bytes_of __attribute__((vector_size(LANES)));
   vf most{}, check{};
   int64_t d = 0;
@@ -299,57 +333,66 @@ inline void quantise(const float* x, int64_t n, int64_t padded, int64_t rows, in
     const vi q = __builtin_convertvector(finite ? whole : vf{}, vi);
     total += q;
     const bytes_of narrowed = __builtin_convertvector(q, bytes_of);
-    int8_t here[LANES];
-    memcpy(here, &narrowed, LANES);
-    for (int i = 0; i < LANES && d + i < padded; i += 4)
-      memcpy(out + (d + i) * rows, here + i, 4);
+    if (d + LANES <= padded) {
+      memcpy(out + d, &narrowed, LANES);
+    } else {
+      memcpy(out + d, &narrowed, padded - d);
+    }
   }
   int32_t all = 0;
   for (int i = 0; i < LANES; i++) all += total[i];
   *sum_out = all;
 }
 
+// Inputs that are rounded or quantised row by row before the rows are put side by side.
+constexpr int64_t kStaged = 512;
+
 inline void pack_rows(const Weight& w, const float* x, int64_t stride, Packed& to, int64_t tile) {
   const int64_t rows = rows_of(to, tile), at = tile * to.tile;
   x += at * stride;
   if (w.format == kBF16Dots) {
     bf16* out = static_cast<bf16*>(to.data) + at * w.depth;
-    for (int64_t m = 0; m < rows; m++) {
-      const float* row = x + m * stride;
-      for (int64_t d = 0; d < w.depth; d += kPanel) {
-        float last[kPanel] = {};
-        const int64_t n = w.k - d < kPanel ? w.k - d : kPanel;
-        if (n < kPanel) memcpy(last, row + d, n * 4);
-        bf16 line[kPanel];
-        narrow_panel(n < kPanel ? last : row + d, line);
-        for (int64_t i = 0; i < kPanel && d + i < w.depth; i += 2)
-          memcpy(out + (d + i) * rows + 2 * m, line + i, 4);
+    alignas(64) bf16 staged[MAX_TILE * kStaged];
+    for (int64_t from = 0; from < w.depth; from += kStaged) {
+      const int64_t here = w.depth - from < kStaged ? w.depth - from : kStaged;
+      for (int64_t m = 0; m < rows; m++) {
+        const float* row = x + m * stride + from;
+        for (int64_t d = 0; d < here; d += kPanel) {
+          float last[kPanel] = {};
+          const int64_t n = w.k - from - d < kPanel ? w.k - from - d : kPanel;
+          if (n < kPanel) memcpy(last, row + d, n * 4);
+          narrow_panel(n < kPanel ? last : row + d, staged + m * kStaged + d);
+        }
       }
+      interleave(staged, kStaged / 2, rows, here / 2, out + from * rows);
     }
     return;
   }
   if (!quantised(w.format)) {
     float* out = static_cast<float*>(to.data) + at * w.depth;
-    for (int64_t m = 0; m < rows; m++) {
-      for (int64_t d = 0; d < w.k; d++) out[d * rows + m] = x[m * stride + d];
-      for (int64_t d = w.k; d < w.depth; d++) out[d * rows + m] = 0.0f;
-    }
+    interleave(x, stride, rows, w.k, out);
+    for (int64_t i = w.k * rows; i < w.depth * rows; i++) out[i] = 0.0f;
     return;
   }
   int8_t* out = static_cast<int8_t*>(to.data) + at * w.depth;
   if (w.format == kInt8) {
+    // one row is where it belongs at once; its target may be the scratch itself
+    int8_t* staged = rows == 1 ? out : static_cast<int8_t*>(scratch(rows * w.depth));
     for (int64_t m = 0; m < rows; m++)
-      quantise(x + m * stride, w.k, w.depth, rows, out + 4 * m, to.scales + at + m,
+      quantise(x + m * stride, w.k, w.depth, staged + m * w.depth, to.scales + at + m,
                to.sums + at + m);
+    if (rows > 1) interleave(staged, w.depth / 4, rows, w.depth / 4, out);
     return;
   }
   const int64_t groups = w.depth / kGroup;
+  alignas(64) int8_t staged[MAX_TILE * kGroup];
   for (int64_t g = 0; g < groups; g++) {
     const int64_t from = g * kGroup, n = w.k - from < kGroup ? w.k - from : kGroup;
     const int64_t row = tile * groups * to.tile + g * rows;
     for (int64_t m = 0; m < rows; m++)
-      quantise(x + m * stride + from, n, kGroup, rows, out + from * rows + 4 * m,
-               to.scales + row + m, to.sums + row + m);
+      quantise(x + m * stride + from, n, kGroup, staged + m * kGroup, to.scales + row + m,
+               to.sums + row + m);
+    interleave(staged, kGroup / 4, rows, kGroup / 4, out + from * rows);
   }
 }
 

@@ -11,13 +11,21 @@ namespace {
 
 constexpr int64_t kSmall = 16384;  // values that one thread works through at a time
 
+bool by_rows(const Instruction& i) {
+  return i.op != kAttend && i.op != kGather && i.rows == 0;
+}
+
+// Instructions on the rows [from, from + count) of the tokens, or on all rows of what they are on.
 struct Run {
   const Program& program;
   const Step& step;
+  int64_t from, count;
 
   float* at(const Operand& o) const {
     const Buffer& b = program.buffers[o.buffer];
-    return (b.place < 0 ? step.out : step.arena + b.place * step.share) + o.offset;
+    if (b.place < 0) return step.out + o.offset;
+    if (!b.passing) return step.arena + b.place * step.share + from * b.width + o.offset;
+    return step.arena + program.lasting * step.share + b.place * step.passing + o.offset;
   }
   int64_t width(const Operand& o) const { return program.buffers[o.buffer].width; }
 
@@ -31,7 +39,7 @@ struct Run {
   }
 
   template <class F>
-  void map(const Instruction& i, int64_t count, F&& f) const {
+  void map(const Instruction& i, F&& f) const {
     const int64_t n = width(i.out[0]), stride = width(i.in[0]);
     const float* x = at(i.in[0]);
     float* y = at(i.out[0]);
@@ -41,10 +49,9 @@ struct Run {
   }
 
   void run(const Instruction& i) const {
-    const int64_t count = i.rows ? step.rows : step.tokens;
     switch (i.op) {
       case kEmbed: {
-        const int32_t* ids = i.n1 ? step.positions : step.token_ids;
+        const int32_t* ids = (i.n1 ? step.positions : step.token_ids) + from;
         float* y = at(i.out[0]);
         const char* table = reinterpret_cast<const char*>(i.vector);
         return rows(count, i.n0, [&](int64_t r) {
@@ -55,14 +62,14 @@ struct Run {
       case kAdd: {
         const float* other = at(i.in[1]);
         const int64_t stride = width(i.in[1]);
-        return map(i, count, [&](float x, int64_t r, int64_t d) { return x + other[r * stride + d]; });
+        return map(i, [&](float x, int64_t r, int64_t d) { return x + other[r * stride + d]; });
       }
       case kMul:
-        return map(i, count, [&](float x, int64_t, int64_t) { return x * i.scalar; });
+        return map(i, [&](float x, int64_t, int64_t) { return x * i.scalar; });
       case kDiv:
-        return map(i, count, [&](float x, int64_t, int64_t) { return x / i.scalar; });
+        return map(i, [&](float x, int64_t, int64_t) { return x / i.scalar; });
       case kTanh:
-        return map(i, count, [&](float x, int64_t, int64_t) { return std::tanh(x); });
+        return map(i, [&](float x, int64_t, int64_t) { return std::tanh(x); });
       case kGather: {
         const int64_t n = width(i.out[0]), stride = width(i.in[0]);
         const float* x = at(i.in[0]);
@@ -81,7 +88,7 @@ struct Run {
                            i.out[1].buffer < 0 ? nullptr : at(i.out[1]));
       case kRope:
         return tk_rope(at(i.in[0]), width(i.in[0]), i.n0, at(i.in[1]), width(i.in[1]), i.n1, count,
-                       i.n2, step.positions, i.vector, i.n3, at(i.out[0]), at(i.out[1]));
+                       i.n2, step.positions + from, i.vector, i.n3, at(i.out[0]), at(i.out[1]));
       case kActMul:
         return tk_act_mul(at(i.in[0]), count, i.n0, int32_t(i.n1), at(i.out[0]));
       default: {
@@ -102,6 +109,20 @@ struct Run {
 }  // namespace tokenry
 
 API void tk_run(const tokenry::Program* program, const tokenry::Step* step) {
-  const tokenry::Run run{*program, *step};
-  for (int64_t i = 0; i < program->count; i++) run.run(program->instructions[i]);
+  using namespace tokenry;
+  const Instruction* all = program->instructions;
+  for (int64_t first = 0, last; first < program->count; first = last) {
+    last = first + 1;
+    if (!by_rows(all[first])) {
+      const Run whole{*program, *step, 0, all[first].rows ? step->rows : step->tokens};
+      whole.run(all[first]);
+      continue;
+    }
+    while (last < program->count && by_rows(all[last])) last++;
+    for (int64_t from = 0; from < step->tokens; from += step->passing) {
+      const int64_t left = step->tokens - from;
+      const Run pass{*program, *step, from, left < step->passing ? left : step->passing};
+      for (int64_t i = first; i < last; i++) pass.run(all[i]);
+    }
+  }
 }

@@ -35,15 +35,20 @@ struct Instruction {
   int64_t n0, n1, n2, n3, n4;
 };
 
+// What works on rows by themselves, from one attention to the next, is done for some rows at a time:
+// what they need between two instructions then stays in the cache. A passing buffer is needed
+// between such instructions only, and has room for the rows of one pass.
 struct Buffer {
-  int64_t width;  // floats of a row
-  int64_t place;  // floats per row of the arena that lie before it; -1: the caller's output
+  int64_t width;    // floats of a row
+  int64_t place;    // floats per row that lie before it; -1: the caller's output
+  int64_t passing;  // whether it lies among the passing ones
 };
 
 struct Program {
   const Instruction* instructions;
   int64_t count;
   const Buffer* buffers;
+  int64_t lasting;  // floats per row of the buffers that are not passing
 };
 
 // What a step brings.
@@ -51,10 +56,11 @@ struct Step {
   const int32_t *token_ids, *positions, *logit_rows;
   const int32_t *q_start, *q_lens, *seq_lens, *block_table, *slots;
   int64_t tokens, requests, rows, table_width, block_size;
-  int64_t share;  // rows that a buffer has room for
+  int64_t share;    // rows that a buffer has room for
+  int64_t passing;  // rows of a pass, which a passing buffer has room for
   void* const* kv;  // per layer
   int32_t kv_format;
-  float* arena;  // share times the widths that program.py planned
+  float* arena;  // what lasts, then what passes: rows times the widths that program.py planned
   float* out;
 };
 

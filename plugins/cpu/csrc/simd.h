@@ -11,6 +11,13 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// The elements at these places of a and b, counted through both; `places` is a type of that many.
+#if defined(__clang__)
+#define SHUFFLE(places, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(places, a, b, ...) __builtin_shuffle(a, b, places{__VA_ARGS__})
+#endif
+
 namespace tokenry::NS {
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -108,15 +115,31 @@ INLINE f16 narrow(float x, f16*) {
 
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+// f(x, the lanes that are 8 (4, 2, 1) away) again and again: every lane then has all.
+#if LANES == 16
+#define REDUCED(f, x)                                                                     \
+  x = f(x, SHUFFLE(vi, x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));      \
+  x = f(x, SHUFFLE(vi, x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));      \
+  x = f(x, SHUFFLE(vi, x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));      \
+  x = f(x, SHUFFLE(vi, x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+#elif LANES == 8
+#define REDUCED(f, x)                                     \
+  x = f(x, SHUFFLE(vi, x, x, 4, 5, 6, 7, 0, 1, 2, 3));    \
+  x = f(x, SHUFFLE(vi, x, x, 2, 3, 0, 1, 6, 7, 4, 5));    \
+  x = f(x, SHUFFLE(vi, x, x, 1, 0, 3, 2, 5, 4, 7, 6))
+#else
+#define REDUCED(f, x)                         \
+  x = f(x, SHUFFLE(vi, x, x, 2, 3, 0, 1));    \
+  x = f(x, SHUFFLE(vi, x, x, 1, 0, 3, 2))
+#endif
+INLINE vf plus(vf a, vf b) { return a + b; }
 INLINE float sum(vf x) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += x[i];
-  return total;
+  REDUCED(plus, x);
+  return x[0];
 }
 INLINE float largest(vf x) {
-  float most = x[0];
-  for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-  return most;
+  REDUCED(max, x);
+  return x[0];
 }
 
 // Whether some lane of a comparison is true.
@@ -134,7 +157,11 @@ INLINE bool any(vi x) {
 // x^6 on |r| <= ln(2)/2: relative error below 2e-7 (tested against double).
 INLINE vf exp(vf x) {
   vf n = x * 1.44269504088896341f;
+#if defined(__AVX512F__)
+  n = (vf)_mm512_maskz_roundscale_ps(0xffff, (__m512)n, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   n = (n + 12582912.0f) - 12582912.0f;  // rounds: 1.5 * 2^23
+#endif
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vf p = splat(1.3888889e-3f);
@@ -144,9 +171,14 @@ INLINE vf exp(vf x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 seen = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
+#else
   vi power = (__builtin_convertvector(n, vi) + 127) << 23;
   vf y = p * (vf)power;
   return x < -87.0f ? vf{} : y;
+#endif
 }
 
 INLINE vf tanh(vf x) {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenry import LLM, SamplingParams
-from tokenry_cpu import program
+from tokenry_cpu import native, program
 
 PROMPTS = ["Once upon a time there was", "The wolf", "a", "In a deep forest there stood a house"]
 PARAMS = SamplingParams(max_tokens=12, temperature=0, logprobs=1, ignore_eos=True)
@@ -38,6 +38,23 @@ def test_a_recorded_step_gives_the_bits_of_its_ops(monkeypatch, quantization):
     assert isinstance(made[0], program.Program)
     monkeypatch.setattr(program, "_record", lambda *args: None)
     assert answers(quantization=quantization) == recorded
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_that_pass_few_at_a_time_give_the_same_bits(monkeypatch, rows):
+    made = []
+    place = program._place
+
+    def watched(lives, widths):
+        made.append(lives)
+        return place(lives, widths)
+
+    monkeypatch.setattr(program, "_place", watched)
+    whole = answers()
+    lasting, passing = made
+    assert len(passing) > len(lasting)  # most of what is between two attentions
+    monkeypatch.setattr(native, "rows_of_a_pass", lambda: rows)
+    assert answers() == whole
 
 
 def test_what_a_program_cannot_do_stays_as_it_is():

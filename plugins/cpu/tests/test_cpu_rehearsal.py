@@ -23,7 +23,7 @@ if sys.argv[3] == "whole":
     made = backend.recorded
     backend.recorded = lambda step, planning: made(step)
 with LLM(sys.argv[1], backend="cpu", tokenizer="demo", load_format="dummy", progress=False,
-         quantization=sys.argv[2] or None, max_num_batched_tokens=2048, backend_option=["threads=2"]
+         quantization=sys.argv[2] or None, max_num_batched_tokens=8192, backend_option=["threads=2"]
          ) as llm:
     print(json.dumps(llm.ready.ledger))
 """
@@ -63,7 +63,7 @@ def test_the_program_of_a_rehearsal_is_one_layer_with_narrow_linears(monkeypatch
     monkeypatch.setattr(program, "_record", watched)
     with LLM("demo", backend="cpu", max_model_len=64, progress=False):
         (whole,) = made
-        rehearsal = Rehearsal(whole._noted, whole._instructions, whole._buffers)
+        rehearsal = Rehearsal(whole._noted, whole._instructions, whole._call)
     few = rehearsal.call.count
     layers = sum(one.op == program.ATTEND for one in whole._noted)
     assert layers > 1 and few < len(whole._noted) / layers + 8

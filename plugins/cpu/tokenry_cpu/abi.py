@@ -55,13 +55,18 @@ class Instruction(ctypes.Structure):
 class Buffer(ctypes.Structure):
     """`struct Buffer`."""
 
-    _fields_ = (("width", c_int64), ("place", c_int64))
+    _fields_ = (("width", c_int64), ("place", c_int64), ("passing", c_int64))
 
 
 class ProgramCall(ctypes.Structure):
     """`struct Program`."""
 
-    _fields_ = (("instructions", c_void_p), ("count", c_int64), ("buffers", c_void_p))
+    _fields_ = (
+        ("instructions", c_void_p),
+        ("count", c_int64),
+        ("buffers", c_void_p),
+        ("lasting", c_int64),
+    )
 
 
 class StepCall(ctypes.Structure):
@@ -77,7 +82,9 @@ class StepCall(ctypes.Structure):
         ),
         *(
             (name, c_int64)
-            for name in ("tokens", "requests", "rows", "table_width", "block_size", "share")
+            for name in (
+                "tokens", "requests", "rows", "table_width", "block_size", "share", "passing",
+            )
         ),
         ("kv", c_void_p),
         ("kv_format", c_int32),

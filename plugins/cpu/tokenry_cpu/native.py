@@ -56,15 +56,22 @@ def kv_shape(
     num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> tuple[int, ...]:
     """One layer's KV: per block and head the keys [head_dim, block_size], then the values
-    [block_size, head_dim]; int8: after each of the two the float32 scales [block_size].
+    [block_size, head_dim]; bfloat16: [head_dim / 2, block_size, 2] and [block_size / 2, head_dim,
+    2]; int8: after each of the two the float32 scales [block_size].
     """
-    width = head_dim + (4 if dtype == torch.int8 else 0)
-    return (num_blocks, kv_heads, 2, width * block_size)
+    return (num_blocks, kv_heads, 2, kv_width(head_dim, dtype) * block_size)
+
+
+def kv_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements that a key takes, and a value."""
+    if dtype == torch.int8:
+        return head_dim + 4
+    return head_dim + head_dim % 2 if dtype == torch.bfloat16 else head_dim
 
 
 def block_size_of(kv_layer: Tensor, head_dim: int) -> int:
     """Tokens of a block of such a KV."""
-    return kv_layer.shape[3] // (head_dim + (4 if kv_layer.dtype == torch.int8 else 0))
+    return kv_layer.shape[3] // kv_width(head_dim, kv_layer.dtype)
 
 
 def listener() -> Any:
@@ -110,6 +117,7 @@ def library() -> ctypes.CDLL:
         ("tk_rope", None, (p, i, i, p, i, i, i, i, p, p, i, p, p)),
         ("tk_act_mul", None, (p, i, i, c_int32, p)),
         ("tk_run", None, (p, p)),
+        ("tk_pass_rows", i, ()),
         ("tk_sample", None, (p, i, i, p, p, p, p, p, p, p)),
     ):
         function = getattr(lib, name)
@@ -322,6 +330,11 @@ def sample(
         broken.data_ptr(),
     )  # fmt: skip
     return ids, broken
+
+
+def rows_of_a_pass() -> int:
+    """Rows that a program takes at a time from one attention to the next (csrc/program.h)."""
+    return int(library().tk_pass_rows())
 
 
 def run(program: Any, step: Any) -> None:

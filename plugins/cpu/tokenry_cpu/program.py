@@ -183,13 +183,23 @@ class Program:
         if result.storage_offset() or result.shape[1] != widths[self._output]:
             raise Unfit("the logits are a part of something")
         self._vocab = result.shape[1]
-        places, self._arena_width = _place(noted, self._index, widths, self._output)
+        lives = _lives(noted, self._index)
+        del lives[self._output]
+        passing = {
+            b for b, life in lives.items() if _pass_of(noted, life[0]) == _pass_of(noted, life[1])
+        }
+        lasting, self._lasting = _place({b: lives[b] for b in lives if b not in passing}, widths)
+        passed, self._passing = _place({b: lives[b] for b in passing}, widths)
+        places = {self._output: -1} | lasting | passed
         self._buffers = (Buffer * len(widths))(
-            *(Buffer(w, p) for w, p in zip(widths, places, strict=True))
+            *(Buffer(w, places[i], i in passing) for i, w in enumerate(widths))
         )
         self._instructions = (Instruction * len(noted))(*(self._encode(n, widths) for n in noted))
         self._call = ProgramCall(
-            ctypes.addressof(self._instructions), len(noted), ctypes.addressof(self._buffers)
+            ctypes.addressof(self._instructions),
+            len(noted),
+            ctypes.addressof(self._buffers),
+            self._lasting,
         )
         self._arena = torch.empty(0)
         self._kv: tuple[KV, Any] | None = None
@@ -231,19 +241,25 @@ class Program:
 
     def rehearse(self, batch: StepBatch, kv: KV) -> Tensor:
         """Logits of the step's shape that mean nothing; the step's memory was held meanwhile."""
-        need = max(batch.token_ids.shape[0], batch.logit_rows.shape[0]) * self._arena_width
+        _, _, need = self._room(batch)
+        self._arena[:need].zero_()
+        rehearsal = Rehearsal(self._noted, self._instructions, self._call)
+        return self._run(rehearsal.call, batch, kv).zero_()
+
+    def _room(self, batch: StepBatch) -> tuple[int, int, int]:
+        """Rows that a lasting and a passing buffer have room for, and the floats of all, which the
+        arena has.
+        """
+        share = max(batch.token_ids.shape[0], batch.logit_rows.shape[0])
+        passing = min(share, native.rows_of_a_pass())
+        need = share * self._lasting + passing * self._passing
         if self._arena.numel() < need:
             self._arena = torch.empty(need)
-        self._arena[:need].zero_()
-        rehearsal = Rehearsal(self._noted, self._instructions, self._buffers)
-        return self._run(rehearsal.call, batch, kv).zero_()
+        return share, passing, need
 
     def _run(self, call: ProgramCall, batch: StepBatch, kv: KV) -> Tensor:
         tokens, rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
-        share = max(tokens, rows)
-        need = share * self._arena_width
-        if self._arena.numel() < need:
-            self._arena = torch.empty(need)
+        share, passing, _ = self._room(batch)
         if self._kv is None or self._kv[0] is not kv:
             self._kv = kv, (c_void_p * len(kv))(*(layer.data_ptr() for layer in kv))
         out = torch.empty((rows, self._vocab))
@@ -262,6 +278,7 @@ class Program:
             batch.block_table.shape[1],
             self._block_size,
             share,
+            passing,
             ctypes.addressof(self._kv[1]),
             native.KV_FORMATS[kv[0].dtype],
             self._arena.data_ptr(),
@@ -287,38 +304,49 @@ def _inner_contiguous(tensor: Tensor) -> bool:
     return True
 
 
-def _place(
-    noted: Sequence[Noted], index: dict[int, int], widths: Sequence[int], output: int
-) -> tuple[list[int], int]:
-    """Each buffer's place in a token's share of the arena, and the size of that share: a buffer
-    takes the first gap among those that live at the same time.
-    """
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
+def _lives(noted: Sequence[Noted], index: dict[int, int]) -> dict[int, tuple[int, int]]:
+    """The first and the last instruction that each buffer is needed by."""
+    lives: dict[int, tuple[int, int]] = {}
     for i, one in enumerate(noted):
         for tensor in (*one.inputs, *one.outputs):
             buffer = None if tensor is None else index.get(_memory(tensor))
             if buffer is not None:
-                first.setdefault(buffer, i)
-                last[buffer] = i
-    places = [-1] * len(widths)
-    for buffer in sorted(first, key=lambda b: first[b]):
-        if buffer == output:
-            continue
-        width = -(-widths[buffer] // 16) * 16  # whole cache lines
+                lives[buffer] = lives.get(buffer, (i, i))[0], i
+    return lives
+
+
+def _pass_of(noted: Sequence[Noted], i: int) -> tuple[int, int]:
+    """Instructions between those that look at all rows have one number and 0; those themselves
+    one of their own (`by_rows` of csrc/program.cpp).
+    """
+    before = sum(_is_whole(one) for one in noted[:i])
+    return (before, i) if _is_whole(noted[i]) else (before, 0)
+
+
+def _is_whole(one: Noted) -> bool:
+    return one.op in (ATTEND, GATHER) or _rows_of(one.outputs[0]) != 0
+
+
+def _place(lives: dict[int, tuple[int, int]], widths: Sequence[int]) -> tuple[dict[int, int], int]:
+    """Each buffer's place in a row's share of the arena, and the size of that share: a buffer takes
+    the first gap among those that live at the same time.
+    """
+    places: dict[int, int] = {}
+
+    def end(buffer: int) -> int:
+        return places[buffer] - -widths[buffer] // 16 * 16  # whole cache lines
+
+    for buffer in sorted(lives, key=lambda b: lives[b][0]):
+        first, last = lives[buffer]
         rivals = sorted(
-            (places[b], places[b] + -(-widths[b] // 16) * 16)
-            for b in first
-            if places[b] >= 0 and first[b] <= last[buffer] and first[buffer] <= last[b]
+            (places[b], end(b)) for b in places if lives[b][0] <= last and first <= lives[b][1]
         )
-        at = 0
-        for begin, end in rivals:
-            if at + width <= begin:
+        places[buffer] = 0
+        for begin, stop in rivals:
+            if end(buffer) <= begin:
                 break
-            at = max(at, end)
-        places[buffer] = at
-    size = max((p + -(-w // 16) * 16 for p, w in zip(places, widths, strict=True) if p >= 0))
-    return places, size
+            places[buffer] = max(places[buffer], stop)
+    return places, max(map(end, places), default=0)
 
 
 # ---- from a step function to its program -------------------------------------------------------

@@ -23,8 +23,8 @@ PANEL = 32
 class Rehearsal:
     """The instructions to run; holds the small weights that they name."""
 
-    def __init__(self, noted: Sequence[Any], instructions: Any, buffers: Any) -> None:
-        """noted: `program.Noted`, of which `instructions` is the encoded form."""
+    def __init__(self, noted: Sequence[Any], instructions: Any, whole: ProgramCall) -> None:
+        """noted: `program.Noted`, of which `instructions` is the encoded form; whole: their call."""
         self._held: list[native.Weight] = []
         few: dict[Any, Instruction] = {}
         for one, instruction in zip(noted, instructions, strict=True):
@@ -33,7 +33,7 @@ class Rehearsal:
                 few[kind] = self._cheap(one.weight, instruction)
         self._instructions = (Instruction * len(few))(*few.values())
         self.call = ProgramCall(
-            ctypes.addressof(self._instructions), len(few), ctypes.addressof(buffers)
+            ctypes.addressof(self._instructions), len(few), whole.buffers, whole.lasting
         )
 
     def _cheap(self, weight: native.Weight | None, instruction: Instruction) -> Instruction:
