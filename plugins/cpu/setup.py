@@ -45,6 +45,9 @@ if platform.machine().lower() in {"x86_64", "amd64"}:
     }
 
 
+OBJECTS = Path("build") / "objects"
+
+
 class Native(build_ext):
     """A plain shared library under a name without a Python tag."""
 
@@ -59,10 +62,10 @@ class Native(build_ext):
         def build(item: tuple[str, list[str]]) -> list[str]:
             source, flags = item
             flags = [*COMMON, *flags]
-            # an object that was made with these flags from what is there now is good
-            place = str(
-                Path(self.build_temp) / hashlib.sha256(repr(flags).encode()).hexdigest()[:8]
-            )
+            # an object that was made with these flags from what is there now is good, for an
+            # editable installation and a wheel alike
+            made_for = repr([platform.machine(), *flags]).encode()
+            place = str(OBJECTS / hashlib.sha256(made_for).hexdigest()[:8])
             objects: list[str] = self.compiler.object_filenames([source], output_dir=place)
             newest = max(headers, Path(source).stat().st_mtime)
             if all(Path(o).exists() and Path(o).stat().st_mtime > newest for o in objects):

@@ -66,10 +66,16 @@ def _is_ours(name):
 
 
 def _copy(source, copy):
-    """The source without what was built from it; of the repository only what the core needs."""
+    """The source without what was built from it, but for compiled files (setup.py knows which of
+    them still hold); of the repository only what the core needs.
+    """
     shutil.rmtree(copy, ignore_errors=True)
     if source != ROOT:
-        return shutil.copytree(source, copy, ignore=MADE)
+        shutil.copytree(source, copy, ignore=MADE)
+        objects = Path("build") / "objects"
+        if (source / objects).is_dir():
+            shutil.copytree(source / objects, copy / objects)
+        return copy
     shutil.copytree(ROOT / "core", copy / "core", ignore=MADE)
     for name in ABOUT:
         if (ROOT / name).is_file():

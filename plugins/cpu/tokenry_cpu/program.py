@@ -185,8 +185,11 @@ class Program:
         self._vocab = result.shape[1]
         lives = _lives(noted, self._index)
         del lives[self._output]
+        passes = _passes(noted)
         passing = {
-            b for b, life in lives.items() if _pass_of(noted, life[0]) == _pass_of(noted, life[1])
+            buffer
+            for buffer, (first, last) in lives.items()
+            if passes[first] is not None and passes[first] == passes[last]
         }
         lasting, self._lasting = _place({b: lives[b] for b in lives if b not in passing}, widths)
         passed, self._passing = _place({b: lives[b] for b in passing}, widths)
@@ -315,12 +318,16 @@ def _lives(noted: Sequence[Noted], index: dict[int, int]) -> dict[int, tuple[int
     return lives
 
 
-def _pass_of(noted: Sequence[Noted], i: int) -> tuple[int, int]:
-    """Instructions between those that look at all rows have one number and 0; those themselves
-    one of their own (`by_rows` of csrc/program.cpp).
+def _passes(noted: Sequence[Noted]) -> list[int | None]:
+    """Of each instruction the number of its pass; None if it looks at all rows (`by_rows` of
+    csrc/program.cpp).
     """
-    before = sum(_is_whole(one) for one in noted[:i])
-    return (before, i) if _is_whole(noted[i]) else (before, 0)
+    number, passes = 0, []
+    for one in noted:
+        whole = _is_whole(one)
+        number += whole
+        passes.append(None if whole else number)
+    return passes
 
 
 def _is_whole(one: Noted) -> bool:

@@ -24,7 +24,7 @@ class Rehearsal:
     """The instructions to run; holds the small weights that they name."""
 
     def __init__(self, noted: Sequence[Any], instructions: Any, whole: ProgramCall) -> None:
-        """noted: `program.Noted`, of which `instructions` is the encoded form; whole: their call."""
+        """noted: `program.Noted`, of which `instructions` is the encoded form, `whole` the call."""
         self._held: list[native.Weight] = []
         few: dict[Any, Instruction] = {}
         for one, instruction in zip(noted, instructions, strict=True):
