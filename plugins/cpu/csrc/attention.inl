@@ -70,15 +70,6 @@ inline void write_int8(const Attention& a, int64_t token, int64_t head) {
   scales_of(a, values)[i] = quantise_row(v, a.head_dim, values + i * a.head_dim, 1);
 }
 
-// x[0, n) rounded to bf16, with zeros up to a whole panel.
-INLINE void narrow_row(const float* x, int64_t n, bf16* y) {
-  for (int64_t d = 0; d < n; d += kPanel) {
-    float last[kPanel] = {};
-    if (n - d < kPanel) memcpy(last, x + d, (n - d) * 4);
-    narrow_panel(n - d < kPanel ? last : x + d, y + d);
-  }
-}
-
 // Tokens of a pair may be written by two threads: each its own two bytes.
 inline void write_pairs(const Attention& a, int64_t token, int64_t head) {
   const Block<bf16> at(a);
@@ -383,6 +374,7 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
   int64_t* last = static_cast<int64_t*>(scratch(rows * 8 + floats * 4));
   float* q = reinterpret_cast<float*>(last + rows);
   float* staged = q + rows * width + more;
+  const bool pairs = kDots && a.format == kBF16;
   bf16* narrowed = reinterpret_cast<bf16*>(staged);
   for (int64_t at = 0; at < rows; at += tile) {
     const int64_t here = least_of(tile, rows - at);
@@ -392,10 +384,10 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
       for (int64_t d = 0; d < D; d++) to[d] = from[d] * a.scale;
       for (int64_t d = D; d < line; d++) to[d] = 0.0f;
       // in place: what is written lies before what is still to be read
-      if (kDots && a.format == kBF16) narrow_row(to, D, narrowed + (r - at) * line);
+      if (pairs) narrow_row(to, D, narrowed + (r - at) * line);
       last[r] = cached + r / G;
     }
-    if (kDots && a.format == kBF16)
+    if (pairs)
       interleave(staged, line / 2, here, width / 2, q + at * width);
     else
       interleave(staged, line, here, width, q + at * width);

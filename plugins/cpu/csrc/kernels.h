@@ -17,11 +17,11 @@ constexpr int64_t kKeys = 128;
 // Keys of one piece of a context, which threads may share piece by piece; a multiple of kKeys.
 constexpr int64_t kPiece = 1024;
 
-// kBF16Dots: bf16 weights whose activations are rounded to bf16 once (to nearest, ties to even) and
-// multiplied in pairs with float32 sums: one instruction where the machine has it.
 // Version of what follows: weights packed with another are not read from a cache.
 constexpr int32_t kLayout = 2;
 
+// kBF16Dots: bf16 weights whose activations are rounded to bf16 once (to nearest, ties to even) and
+// multiplied in pairs with float32 sums: one instruction where the machine has it.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4, kBF16Dots = 5 };
 
 constexpr bool quantised(int32_t format) { return format == kInt8 || format == kInt4; }
@@ -55,7 +55,8 @@ struct Attention {
   const float *q, *k, *v;  // rows of T tokens, strides in floats
   int64_t q_stride, k_stride, v_stride;
   void* kv;  // [blocks][KH][2][...]: keys [head_dim][block_size], values [block_size][head_dim];
-             // int8: after each of the two float scales [block_size]
+             // bf16: [head_dim / 2][block_size][2], [block_size / 2][head_dim][2] (a zero follows
+             // an odd head's last value); int8: after each of the two float scales [block_size]
   float* out;  // [T, heads * head_dim]
   const int32_t *q_start, *q_lens, *seq_lens, *block_table, *slots;
   int64_t tokens, requests, table_width, heads, kv_heads, head_dim, block_size;

@@ -351,7 +351,16 @@ inline void quantise(const float* x, int64_t n, int64_t padded, int8_t* out, flo
   *sum_out = all;
 }
 
-// Inputs that are rounded or quantised row by row before the rows are put side by side.
+// x[0, n) rounded to bf16, with zeros up to a whole panel.
+INLINE void narrow_row(const float* x, int64_t n, bf16* y) {
+  for (int64_t d = 0; d < n; d += kPanel) {
+    float last[kPanel] = {};
+    if (n - d < kPanel) memcpy(last, x + d, (n - d) * 4);
+    narrow_panel(n - d < kPanel ? last : x + d, y + d);
+  }
+}
+
+// Inputs that are rounded row by row before the rows are put side by side.
 constexpr int64_t kStaged = 512;
 
 inline void pack_rows(const Weight& w, const float* x, int64_t stride, Packed& to, int64_t tile) {
@@ -362,15 +371,9 @@ inline void pack_rows(const Weight& w, const float* x, int64_t stride, Packed& t
     alignas(64) bf16 staged[MAX_TILE * kStaged];
     for (int64_t from = 0; from < w.depth; from += kStaged) {
       const int64_t here = w.depth - from < kStaged ? w.depth - from : kStaged;
-      for (int64_t m = 0; m < rows; m++) {
-        const float* row = x + m * stride + from;
-        for (int64_t d = 0; d < here; d += kPanel) {
-          float last[kPanel] = {};
-          const int64_t n = w.k - from - d < kPanel ? w.k - from - d : kPanel;
-          if (n < kPanel) memcpy(last, row + d, n * 4);
-          narrow_panel(n < kPanel ? last : row + d, staged + m * kStaged + d);
-        }
-      }
+      const int64_t n = w.k - from < here ? w.k - from : here;
+      for (int64_t m = 0; m < rows; m++)
+        narrow_row(x + m * stride + from, n, staged + m * kStaged);
       interleave(staged, kStaged / 2, rows, here / 2, out + from * rows);
     }
     return;
