@@ -164,6 +164,14 @@ def test_int8_kv_takes_a_quarter_and_the_plan_has_more_blocks():
     assert more.ledger["kv"] == more.num_blocks * 2 * layer.nbytes // 10
 
 
+def test_bfloat16_kv_of_an_odd_head_is_planned_as_large_as_it_is():
+    backend = CpuBackend(CpuOptions(threads=1))
+    spec = KVSpec(num_layers=2, num_kv_heads=4, head_dim=33, block_size=16, dtype="bfloat16")
+    layers = backend.alloc_kv(spec, 10)
+    plan = backend.plan_kv(spec, backend.memory().total, None)
+    assert plan.ledger["kv"] * 10 == plan.num_blocks * sum(layer.nbytes for layer in layers)
+
+
 def test_kv_options_are_checked():
     with pytest.raises(ConfigError, match="kv=int4"):
         CpuOptions.parse({"kv": "int4"})

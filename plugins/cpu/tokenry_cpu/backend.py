@@ -171,13 +171,13 @@ class CpuBackend(Backend):
             plan = super().plan_kv(spec, budget, probe)
         finally:
             self._planning = False
-        if not reset and not self._int8_kv:
+        block_bytes = self._block_bytes(self._stored(spec))
+        if not reset and block_bytes == spec.block_bytes:
             return plan
         activations = plan.ledger["activations"]
         if reset:
             activations = max(activations, read_peak(self._root) - before)
         room = plan.ledger["kv"] - (activations - plan.ledger["activations"])
-        block_bytes = self._block_bytes(self._stored(spec))
         num_blocks = max(0, room // block_bytes)
         kv = num_blocks * block_bytes
         return KVPlan(
@@ -189,10 +189,10 @@ class CpuBackend(Backend):
         return replace(spec, dtype="int8") if self._int8_kv else spec
 
     def _block_bytes(self, stored: KVSpec) -> int:
-        """Bytes of one block over all layers, the scales of int8 among them."""
-        if stored.dtype != "int8":
-            return stored.block_bytes
-        return replace(stored, head_dim=stored.head_dim + 4).block_bytes
+        """Bytes of one block over all layers, as `alloc_kv` lays it out."""
+        dtype: torch.dtype = getattr(torch, stored.dtype)
+        elements: int = math.prod(self._kernels.kv_shape(stored, 1))
+        return stored.num_layers * elements * dtype.itemsize
 
     def attn_inputs(self, host: HostBatch) -> Mapping[str, NDArray[np.int32]]:
         """Which rows attention takes together; the native kernels read the batch as it is."""
