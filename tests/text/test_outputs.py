@@ -101,6 +101,30 @@ def test_final_outputs_come_once_with_all_completions(processor, tokenizer):
     assert metrics.arrival_s <= metrics.first_token_s <= metrics.finished_s
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    text=st.text("ab é🎉stop", max_size=300),
+    size=st.integers(1, 70),
+    stops=st.lists(st.text("ab stop", min_size=2, max_size=3), max_size=1),
+    finish=st.sampled_from(["length", "stop"]),
+)
+def test_what_is_read_at_the_end_is_what_a_stream_shows(tokenizer, text, size, stops, finish):
+    ids = tokenizer.encode("x" + text)
+    processor = OutputProcessor(tokenizer, max_model_len=4096)
+    params = SamplingParams(stop=stops, min_tokens=3, max_tokens=1000)
+    processor.add("d", PROMPT, params, kind="delta")
+    processor.add("f", PROMPT, params, kind="final")
+    streamed = play(processor, "d", ids, size=size, finish=finish)
+    pieces = [u.output.outputs[0] for u in streamed if u.output]
+    (whole,) = [
+        u.output.outputs[0] for u in play(processor, "f", ids, size=size, finish=finish) if u.output
+    ]
+    assert whole.text == "".join(p.text for p in pieces)
+    assert whole.token_ids == sum((p.token_ids for p in pieces), ())
+    ends = [(p.finish_reason, p.stop_reason) for p in pieces]
+    assert ends[-1] == (whole.finish_reason, whole.stop_reason)
+
+
 def test_stop_string_ends_and_aborts(processor, tokenizer):
     processor.add("r", PROMPT, SamplingParams(stop=["upon a"]))
     ids = tokenizer.encode("once upon a time")

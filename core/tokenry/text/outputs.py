@@ -20,11 +20,9 @@ from tokenry.errors import RequestError, StepFailed, TokenryError
 from tokenry.messages import AddRequest, RequestLimits, TokensEvent
 from tokenry.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from tokenry.params import SamplingParams
-from tokenry.plan import TokenLogprobs
 from tokenry.pooling import PoolingParams
 from tokenry.text.admission import Admission
-from tokenry.text.detokenizer import make_detokenizer
-from tokenry.text.stops import StopStrings
+from tokenry.text.completion import Completion, logprobs_dict
 from tokenry.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -195,7 +193,10 @@ class RequestState:
         self._prompt = prompt
         self._kind = kind
         self._tokenizer = tokenizer
-        self._children = [_Completion(i, prompt_ids, params, tokenizer) for i in range(params.n)]
+        self._children = [
+            Completion(i, prompt_ids, params, tokenizer, followed=kind != "final")
+            for i in range(params.n)
+        ]
         self._num_running = params.n
         self._times: RequestMetrics | None = None
         self._arrival_s = time.monotonic()
@@ -244,7 +245,8 @@ class RequestState:
             entries = (logprobs_dict(entry, self._tokenizer) for entry in event.prompt_logprobs)
             self._prompt_logprobs = (None, *entries)
         self._pooled = event.pooled
-        news = child.take(event)
+        num_before = child.num_tokens
+        text = child.take(event)
         stopped = child.finish_reason is not None and event.finish_reason is None
         if child.finish_reason is not None:
             self._num_running -= 1
@@ -252,23 +254,28 @@ class RequestState:
             self._times = None
         return Update(
             request_id=self.request_id,
-            output=self._output(child, news),
+            output=self._output(child, text, num_before),
             abort=(child_id(self.request_id, index),) if stopped else (),
         )
 
-    def _output(self, child: _Completion, news: CompletionOutput) -> RequestOutput | None:
+    def _output(self, child: Completion, text: str, num_before: int) -> RequestOutput | None:
+        """What is to be told now that the child has this text, and tokens after the first
+        num_before.
+        """
         outputs: tuple[CompletionOutput, ...]
         prompt_logprobs = self._prompt_logprobs
-        told = news.token_ids or news.text or news.finished
+        if self._kind == "final":
+            told = self.finished
+        else:
+            told = bool(text) or child.num_tokens > num_before or child.finish_reason is not None
         if self._kind == "delta":
-            outputs = (news,)
             if self._prompt_logprobs_told:
                 prompt_logprobs = None
             self._prompt_logprobs_told = self._prompt_logprobs is not None
-            if not told:
-                return None
-        elif not told or (self._kind == "final" and not self.finished):
+        if not told:
             return None
+        if self._kind == "delta":
+            outputs = (child.since(num_before, text),)
         else:
             outputs = tuple(c.whole() for c in self._children)
         return RequestOutput(
@@ -295,92 +302,9 @@ class RequestState:
         return self._times
 
 
-class _Completion:
-    """One completion: its tokens, its text, and whether it has ended."""
-
-    def __init__(
-        self, index: int, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer
-    ) -> None:
-        self.index = index
-        self.finish_reason: str | None = None
-        self._stop_reason: int | str | None = None
-        self._params = params
-        self._tokenizer = tokenizer
-        self._detokenizer = make_detokenizer(
-            tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=prompt_ids
-        )
-        self._stops = StopStrings(params.stop, include_in_output=params.include_stop_str_in_output)
-        self._text = ""
-        self._token_ids: list[int] = []
-        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-        self._cumulative: float | None = None if params.logprobs is None else 0.0
-
-    def take(self, event: TokensEvent) -> CompletionOutput:
-        """Take the event in; what it added."""
-        num_before, text = len(self._token_ids), ""
-        ended = event.finish_reason == "stop" and not event.complete
-        for position, token_id in enumerate(event.token_ids):
-            last = position == len(event.token_ids) - 1
-            text += self._token(token_id, ends=last and ended)
-            if self._logprobs is not None and position < len(event.logprobs):
-                entry = event.logprobs[position]
-                self._logprobs.append(logprobs_dict(entry, self._tokenizer))
-                self._cumulative = (self._cumulative or 0.0) + entry.logprobs[0]
-            if self._stops.matched is not None:
-                break
-        if self._stops.matched is None and event.finish_reason is not None:
-            text += self._end()
-            if self._stops.matched is None:
-                self.finish_reason, self._stop_reason = event.finish_reason, event.stop_reason
-        if self._stops.matched is not None:
-            self.finish_reason, self._stop_reason = "stop", self._stops.matched
-        self._text += text
-        return self._snapshot(text, num_before)
-
-    def whole(self) -> CompletionOutput:
-        """Everything so far."""
-        return self._snapshot(self._text, 0)
-
-    def _token(self, token_id: int, *, ends: bool) -> str:
-        self._token_ids.append(token_id)
-        if not self._params.detokenize or (ends and not self._params.include_stop_str_in_output):
-            return ""  # the token that ends a text is not part of it
-        text = self._detokenizer.feed((token_id,))
-        if len(self._token_ids) <= self._params.min_tokens:
-            return text  # no stop string may end or begin here
-        return self._stops.feed(text)
-
-    def _end(self) -> str:
-        if not self._params.detokenize:
-            return ""
-        return self._stops.feed(self._detokenizer.flush()) + self._stops.flush()
-
-    def _snapshot(self, text: str, start: int) -> CompletionOutput:
-        return CompletionOutput(
-            index=self.index,
-            text=text,
-            token_ids=tuple(self._token_ids[start:]),
-            cumulative_logprob=self._cumulative,
-            logprobs=None if self._logprobs is None else tuple(self._logprobs[start:]),
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
-        )
-
-
 def child_id(request_id: str, index: int) -> str:
     """Id of a request's completion inside the engine."""
     return f"{request_id}#{index}"
-
-
-def logprobs_dict(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
-    """Log-probabilities at one position by token id, the chosen token first."""
-    ranks = (entry.rank, *range(1, len(entry.token_ids)))
-    result: dict[int, Logprob] = {}
-    for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True):
-        if token_id not in result:  # the chosen token comes again among the most likely
-            text = tokenizer.token_text(token_id)
-            result[token_id] = Logprob(logprob=logprob, rank=rank, decoded_token=text)
-    return result
 
 
 def _child_params(params: SamplingParams, index: int) -> SamplingParams:

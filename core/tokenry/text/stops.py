@@ -30,11 +30,15 @@ class StopStrings:
         self._state = 0
         self._held = ""
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to look for."""
+        return len(self._next) > 1
+
     def feed(self, text: str) -> str:
         """What may be shown now; once `matched` is set, nothing more will come."""
         if self.matched is not None:
             return ""
-        if len(self._next) == 1:
+        if not self:
             return text
         for i, char in enumerate(text):
             self._state = self._step(self._state, char)

@@ -18,6 +18,7 @@ from typing import Any
 import tokenizers
 
 from tokenry.errors import ModelLoadError, RequestError
+from tokenry.text.byte_level import byte_level_bytes
 from tokenry.text.chat import ChatTemplate, read_templates
 
 _NAMED = (
@@ -81,6 +82,7 @@ class Tokenizer:
         added = core.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._texts: dict[int, str] = {}
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def load(
@@ -213,6 +215,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token; part of a character where the token is one."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
         if token_id in self.byte_ids:
             return bytes([self.byte_ids[token_id]])
         if self.byte_level:
@@ -248,28 +256,6 @@ def is_byte_level(core: tokenizers.Tokenizer) -> bool:
     depend on others.
     """
     return _decoder_types(core) == ["ByteLevel"]
-
-
-def byte_level_bytes(token: str) -> bytes:
-    """Bytes that a byte-level token stands for; a token that holds any other character stands for
-    its own text.
-    """
-    try:
-        return bytes([_BYTE_OF[char] for char in token])
-    except KeyError:
-        return token.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted. Source: openai/gpt-2, encoder.py,
-    bytes_to_unicode.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
-
-
-_BYTE_OF = _byte_alphabet()
 
 
 def _decoder_types(core: tokenizers.Tokenizer) -> list[str]:
