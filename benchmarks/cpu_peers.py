@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from peers.engines import PRECISIONS
-from peers.machine import Usage, limits, resident_mib
+from peers.machine import Usage, limits, resident_mib, with_bytecode
 
 HERE = Path(__file__).parent
 UNITS = {"W1": "tok/s", "W2": "tok/s", "W3": "tok/s", "W4": "s", "W4w": "s"}
@@ -56,7 +56,7 @@ class Peer:
             stderr=log,
             text=True,
             start_new_session=True,
-            env=os.environ | environment,
+            env=with_bytecode() | environment,
         )
         self.group = {self._process.pid}
         self._answer()

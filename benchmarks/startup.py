@@ -18,6 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peers.machine import with_bytecode
 
 
 def free_port() -> int:
@@ -58,6 +63,7 @@ def measure(model: str, backend: str) -> tuple[float, float]:
             str(port),
         ],
         stdout=subprocess.DEVNULL,
+        env=with_bytecode(),
     )
     try:
         while ask(port, "GET", "/readyz") != 200:

@@ -29,6 +29,14 @@ print(round(max(rates)))
 """
 
 
+def with_bytecode() -> dict[str, str]:
+    """The environment for a process of any engine: without PYTHONDONTWRITEBYTECODE, so that the
+    first start writes what an installation has from the beginning, and later ones read it. Where it
+    is set, a package in a checkout would be compiled from source at every start.
+    """
+    return {name: v for name, v in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def limits(threads: int) -> dict[str, float]:
     """Rates by name, of one thread and of `threads`; empty without AVX-512 or a compiler."""
     with tempfile.TemporaryDirectory() as folder:

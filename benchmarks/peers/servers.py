@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.engines import CONTEXT, SEQUENCES
+from peers.machine import with_bytecode
 
 CLIENTS, REQUESTS, PROMPT, OUT = 8, 32, 200, 64
 DTYPES = {"fp32": "float32"} | dict.fromkeys(("bf16", "int8", "int4"), "bfloat16")
@@ -61,7 +61,7 @@ SERVED = {
 def environment(name: str, threads: int) -> dict[str, str]:
     """Variables that a server needs."""
     own = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}", "VLLM_CPU_KVCACHE_SPACE": "2"}
-    return os.environ | (own if name == "vllm" else {"OMP_WAIT_POLICY": "passive"})
+    return with_bytecode() | (own if name == "vllm" else {"OMP_WAIT_POLICY": "passive"})
 
 
 @dataclass(frozen=True, slots=True)
