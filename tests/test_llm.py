@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 import torch
 
@@ -67,7 +68,7 @@ class Planting:
                 raise self._wait
             result = waiter()
             if due and self._row is not None:
-                first = dataclasses.replace(result.rows[0], token_ids=(), error=self._row)
+                first = msgspec.structs.replace(result.rows[0], token_ids=(), error=self._row)
                 result = dataclasses.replace(result, rows=(first, *result.rows[1:]))
             return result
 

@@ -11,6 +11,9 @@ The runner keeps a request's tokens, blocks and sampling parameters from the pla
 the plan that forgets it (`forget`); every other plan carries differences only. A preempted request
 is forgotten and
 later introduced again with all of its tokens.
+
+What there is of each row in each step is a msgspec struct, as messages are: frozen too, and made in
+a tenth of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
@@ -59,8 +64,7 @@ class NewRequest:
     pooling: PoolingParams | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One request's share of a step: compute tokens [num_computed, num_computed + num_new).
 
     new_block_ids   appended to the request's blocks before the step.
@@ -73,7 +77,7 @@ class Row:
     num_new: int
     new_block_ids: tuple[int, ...] = ()
     sample: bool = False
-    mask: Mask | None = field(default=None, compare=False)
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +111,7 @@ class TokenLogprobs:
     rank: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowResult:
+class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     """What a row gave: a sampled token if it had `sample` (more with speculation), log-
     probabilities if asked.
 

@@ -7,7 +7,9 @@ owns the requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from tokenry.engine.block_manager import BlockManager
 from tokenry.engine.request import Request
@@ -15,8 +17,7 @@ from tokenry.errors import Refusal, RequestError
 from tokenry.messages import FinishReason, TokensEvent
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True, kw_only=True):
     """How many of a step's tokens the request took, and whether one of them ended it.
 
     complete   the last one completed its grammar: it belongs to the answer, unlike an end token.
@@ -30,24 +31,25 @@ class Taken:
 
 def take_tokens(request: Request, token_ids: Sequence[int]) -> Taken:
     """Append the tokens until one ends the request; those after it are dropped."""
+    tokens, matcher = request.tokens, request.matcher
     for count, token in enumerate(token_ids, 1):
-        request.tokens.append(token)
-        complete = request.matcher is not None and request.matcher.accept(token)
-        if request.num_output >= request.params.min_tokens:
-            if token in request.eos_ids:
-                return Taken(count=count, finish="stop")
-            if token in request.stop_ids:
-                return Taken(count=count, finish="stop", stop_reason=token)
+        tokens.append(token)
+        complete = matcher is not None and matcher.accept(token)
+        ends = token in request.eos_ids or token in request.stop_ids
+        if ends and request.num_output >= request.params.min_tokens:
+            reason = None if token in request.eos_ids else token
+            return Taken(count=count, finish="stop", stop_reason=reason)
         if complete:  # nothing could follow, so min_tokens has no say
-            ends = token in request.eos_ids or token in request.stop_ids
             return Taken(count=count, finish="stop", complete=not ends)
-        if len(request.tokens) >= request.max_len:
+        if len(tokens) >= request.max_len:
             return Taken(count=count, finish="length")
     return Taken(count=len(token_ids))
 
 
-def event_of(request: Request, now_s: float, **news: object) -> TokensEvent:
-    """An event with `news`, the request's times, and the scores of its prompt when first told."""
+def event_of(request: Request, now_s: float, **news: Any) -> TokensEvent:
+    """An event with `news` (fields of TokensEvent), the request's times, and the scores of its
+    prompt when first told.
+    """
     prompt_logprobs = None
     if request.scores_prompt:
         prompt_logprobs = tuple(request.prompt_logprobs)
@@ -60,7 +62,7 @@ def event_of(request: Request, now_s: float, **news: object) -> TokensEvent:
         queued_s=request.queued_s,
         scheduled_s=request.scheduled_s,
         event_s=now_s,
-        **news,  # type: ignore[arg-type]  # fields of TokensEvent, named by the callers
+        **news,
     )
 
 

@@ -7,7 +7,8 @@ Owned by Scheduler, who numbers the plan and takes in what the step gave; knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from tokenry.engine.answers import too_large
 from tokenry.engine.block_manager import BlockManager
@@ -22,8 +23,7 @@ from tokenry.errors import Refusal
 from tokenry.plan import NewRequest, Row
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(msgspec.Struct, frozen=True):
     """A row in flight: whose it is, and in which of its lives."""
 
     request: Request
@@ -93,7 +93,7 @@ class Planner:
             num_new = min(self._gap(request), budget)
             if num_new <= 0:
                 continue
-            before = tuple(request.block_ids)
+            num_before = len(request.block_ids)
             block_ids = self._grow(request, num_new)
             while block_ids is None and (victim := last_running(order, i)) is not None:
                 self._roster.preempt(victim)
@@ -111,7 +111,7 @@ class Planner:
                 break
             if request.introduce:
                 request.introduce = False
-                new.append(request.introduction(before))
+                new.append(request.introduction(tuple(request.block_ids[:num_before])))
             self._plan_row(planned, request, num_new, block_ids)
             budget -= num_new
         return budget, preempted
@@ -180,11 +180,10 @@ class Planner:
 
     def _gap(self, request: Request) -> int:
         """Tokens that the request could compute now."""
-        if request.num_pending and (
-            request.params.needs_history or request.num_tokens >= request.max_len
-        ):
+        num_tokens = len(request.tokens) + request.num_pending
+        if request.num_pending and (num_tokens >= request.max_len or request.params.needs_history):
             return 0  # its next step needs a token that is in flight, or that token is its last
-        return request.num_tokens - request.num_computed
+        return num_tokens - request.num_computed
 
     def _grow(self, request: Request, num_new: int) -> tuple[int, ...] | None:
         """Blocks for num_new more tokens, None if there are not enough."""
@@ -199,16 +198,17 @@ class Planner:
     def _plan_row(
         self, planned: list[Planned], request: Request, num_new: int, block_ids: tuple[int, ...]
     ) -> None:
-        reaches_end = request.num_computed + num_new == request.num_tokens
+        num_computed = request.num_computed
+        reaches_end = num_computed + num_new == request.num_tokens
         sample = reaches_end and request.max_len > request.num_prompt
         row = Row(
             request_id=request.request_id,
-            num_computed=request.num_computed,
+            num_computed=num_computed,
             num_new=num_new,
             new_block_ids=block_ids,
             sample=sample,
             mask=request.matcher.mask() if sample and request.matcher else None,
         )
-        request.num_computed += num_new
+        request.num_computed = num_computed + num_new
         request.num_pending = int(sample)
         planned.append(Planned(request, row, request.epoch))

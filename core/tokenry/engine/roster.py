@@ -130,8 +130,9 @@ class Roster:
 
     def release(self, source: Request) -> None:
         """Who waited for this request's prompt waits no more: it is computed, or never will be."""
-        for request in self.held.pop(source.request_id, ()):
-            self.queue(request)
+        if self.held:
+            for request in self.held.pop(source.request_id, ()):
+                self.queue(request)
 
     def end_group(self, group: BeamGroup) -> None:
         """All that is left of a beam search."""

@@ -142,12 +142,16 @@ class Scheduler:
             self._roster.end_group(request.group)
         else:
             self._roster.end(request)
-        self._emit(request, finish_reason="error", error=error, refusal=refusal)
+        event = event_of(
+            request, self._clock(), finish_reason="error", error=error, refusal=refusal
+        )
+        self._events.append(event)
 
     def update(self, plan: StepPlan, result: StepResult) -> None:
         """Take in the result of a step: tokens, ends, blocks for the prefix cache."""
         planned_rows = self._in_flight.pop(plan.step)
-        self._policy.ended(plan, self._clock())
+        now_s = self._clock()
+        self._policy.ended(plan, now_s)
         if any(self._counts(plan, p.request) for p in planned_rows):
             self._planner.retreat.fitted()
         sampled_again = {
@@ -170,7 +174,7 @@ class Scheduler:
                 if planned.epoch != request.epoch:
                     continue  # preempted since: it scores its prompt anew and draws the same token
                 request.prompt_logprobs.extend(row.prompt_logprobs)
-            self._take(request, planned, row)
+            self._take(request, planned, row, now_s)
 
     def fail(self, plan: StepPlan, cause: str) -> None:
         """The step raised: its requests end with the cause, everybody else goes on."""
@@ -232,12 +236,13 @@ class Scheduler:
         self._roster.forget.append(request.request_id)
         return request
 
-    def _take(self, request: Request, planned: Planned, row: RowResult) -> None:
+    def _take(self, request: Request, planned: Planned, row: RowResult, now_s: float) -> None:
         """Append the row's tokens until one ends the request; enter its full blocks in the prefix
         cache.
         """
         done = planned.row.num_computed + planned.row.num_new
-        if planned.epoch == request.epoch and request.status is Status.RUNNING:
+        lives = planned.epoch == request.epoch and request.status is Status.RUNNING
+        if lives:
             request.num_done = max(request.num_done, done)
             if request.num_done >= request.num_prompt:
                 self._roster.release(request)
@@ -246,28 +251,31 @@ class Scheduler:
             return
         taken = take_tokens(request, row.token_ids)
         if taken.count and not request.first_token_s:
-            request.first_token_s = self._clock()
+            request.first_token_s = now_s
         finish = taken.finish
-        request.mu = request.mu if row.mu is None else row.mu
+        if row.mu is not None:
+            request.mu = row.mu
         self.counters.generation_tokens += taken.count
         if finish is None and not planned.row.sample and done >= request.max_len:
             # nothing was to be drawn (max_tokens 0, or a vector is all that is wanted)
             finish = "length" if request.pooling is None else "stop"
-        if planned.epoch == request.epoch and request.status is Status.RUNNING:
+        if lives:
             enter_blocks(self.blocks, request, done)
         if taken.count or finish:
             if finish is not None:
                 self._policy.answered(request)
                 self._roster.end(request)
-            self._emit(
+            event = event_of(
                 request,
-                token_ids=tuple(row.token_ids[: taken.count]),
+                now_s,
+                token_ids=row.token_ids[: taken.count],
                 logprobs=row.logprobs[: taken.count],
                 finish_reason=finish,
                 stop_reason=taken.stop_reason,
                 complete=taken.complete,
                 pooled=row.pooled,
             )
+            self._events.append(event)
 
     def _take_beam(
         self, group: BeamGroup, request: Request, planned: Planned, row: RowResult
@@ -301,9 +309,6 @@ class Scheduler:
             self._roster.queue(fork)
         for parent in after.gone:
             self._roster.end(parent)
-
-    def _emit(self, request: Request, **news: object) -> None:
-        self._events.append(event_of(request, self._clock(), **news))
 
     # ---- what others may ask -----------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from tokenry.errors import Refusal
 from tokenry.params import SamplingParams
 from tokenry.plan import Mask, NewRequest
 from tokenry.runner.sampling.processors import LogitsProcessor
+from tokenry.runner.sampling.rules import is_plain
 
 
 class RequestState:
@@ -28,6 +29,7 @@ class RequestState:
                there is none.
     processor  the request's own logits processor.
     mask       what its grammar lets this step draw.
+    plain      its parameters alone change no logit.
     num_scores likely tokens to report with each drawn one, None: no log-probabilities.
     mu         mirostat's bound after the last known token, None before the first.
     pooling    what vector it ends with, None if it gives tokens.
@@ -37,7 +39,7 @@ class RequestState:
 
     __slots__ = (
         "blocks", "feedback", "mask", "mu", "num_blocks", "num_known", "num_prompt", "num_scores",
-        "params", "pooled", "pooling", "processor", "refused", "seed", "tokens",
+        "params", "plain", "pooled", "pooling", "processor", "refused", "seed", "tokens",
     )  # fmt: skip
 
     def __init__(self, new: NewRequest, block_size: int) -> None:
@@ -56,6 +58,7 @@ class RequestState:
         self.mask: Mask | None = None
         self.refused: Refusal | None = None
         self.mu = new.mu
+        self.plain = is_plain(self.params)
         self.num_scores = self.params.logprobs
         if new.num_candidates:
             self.num_scores = max(self.params.logprobs or 0, new.num_candidates)
@@ -68,7 +71,8 @@ class RequestState:
         end = self.num_known + len(token_ids)
         if end > len(self.tokens):
             self.tokens = np.concatenate((self.tokens, np.zeros(end, np.int32)))
-        self.tokens[self.num_known : end] = token_ids
+        for at, token in enumerate(token_ids, self.num_known):  # one, mostly
+            self.tokens[at] = token
         self.num_known = end
 
     def hold(self, block_ids: tuple[int, ...]) -> None:

@@ -172,25 +172,26 @@ class PartialStep:
                     token_of[index] = tokens[i]
         mu_of = self._finish_mu(arrays)
         logprobs, prompt_logprobs = self._finish_scores(arrays, token_of)
+        errors, states = self._errors, self._states
         results: list[RowResult] = []
         lessons: list[Lesson] = []
         for i, row in enumerate(self._plan.rows):
-            error = self._errors.get(row.request_id)
-            if error is not None:
-                refusal = error if isinstance(error, Refusal) else None
-                text = error.message if isinstance(error, Refusal) else error
-                results.append(RowResult(request_id=row.request_id, error=text, refusal=refusal))
+            request_id = row.request_id
+            if request_id in errors:
+                results.append(_failed(request_id, errors[request_id]))
                 continue
-            token_ids = (token_of[i],) if i in token_of else ()
-            if token_ids:
-                lessons.append((self._states[i], token_ids, mu_of.get(i)))
+            token_ids: tuple[int, ...] = ()
+            mu = None
+            if i in token_of:
+                token_ids, mu = (token_of[i],), mu_of.get(i)
+                lessons.append((states[i], token_ids, mu))
             results.append(
                 RowResult(
-                    request_id=row.request_id,
+                    request_id=request_id,
                     token_ids=token_ids,
-                    logprobs=tuple(logprobs.get(i, ())),
-                    prompt_logprobs=tuple(prompt_logprobs.get(i, ())),
-                    mu=mu_of.get(i),
+                    logprobs=tuple(logprobs[i]) if i in logprobs else (),
+                    prompt_logprobs=tuple(prompt_logprobs[i]) if i in prompt_logprobs else (),
+                    mu=mu,
                 )
             )
         result = StepResult(step=self._plan.step, rows=tuple(results))
@@ -233,3 +234,9 @@ class PartialStep:
                     )
                 )
         return drawn, prompt
+
+
+def _failed(request_id: str, error: str | Refusal) -> RowResult:
+    if isinstance(error, Refusal):
+        return RowResult(request_id=request_id, error=error.message, refusal=error)
+    return RowResult(request_id=request_id, error=error)

@@ -105,7 +105,7 @@ class ModelRunner:
             processors=processors or {},
         )
         self._requests: dict[str, RequestState] = {}
-        self._lessons: deque[Lesson] = deque()
+        self._lessons: deque[list[Lesson]] = deque()
         self._previous: list[Tensor] = []
         self._fed: list[RequestState] = []
         self._log = StepLog(config.record_steps) if config.record_steps is not None else None
@@ -245,15 +245,14 @@ class ModelRunner:
         for new in plan.new:
             self._requests[new.request_id] = self._introduce(new)
         states = [self._requests[row.request_id] for row in plan.rows]
-        for row, state in zip(plan.rows, states, strict=True):
-            state.hold(row.new_block_ids)
-            state.mask = row.mask
         partial = PartialStep(plan, states)
-        shares = [
-            self._share(i, row, state)
-            for i, (row, state) in enumerate(zip(plan.rows, states, strict=True))
-            if self._computable(row, state, partial)
-        ]
+        shares: list[Share] = []
+        for i, (row, state) in enumerate(zip(plan.rows, states, strict=True)):
+            if row.new_block_ids:
+                state.hold(row.new_block_ids)
+            state.mask = row.mask
+            if self._computable(row, state, partial):
+                shares.append(self._share(i, row, state))
         if self._log is not None:
             self._log.note(shares)
         previous, self._previous = self._previous, []
@@ -287,19 +286,16 @@ class ModelRunner:
 
     def _take_lessons(self) -> None:
         while self._lessons:
-            state, token_ids, mu = self._lessons.popleft()
-            state.learn(token_ids, mu)
+            for state, token_ids, mu in self._lessons.popleft():
+                state.learn(token_ids, mu)
 
     def _share(self, index: int, row: Row, state: RequestState) -> Share:
-        p = state.params
-        return Share(
-            row=index,
-            start=row.num_computed,
-            count=row.num_new,
-            sample=row.sample,
-            scored=(p.prompt_logprobs is not None and row.num_computed < state.num_prompt - 1)
-            or (self._pooler is not None and self._pooler.wants_all(state)),
+        start = row.num_computed
+        in_prompt = start < state.num_prompt - 1
+        scored = (in_prompt and state.params.prompt_logprobs is not None) or (
+            self._pooler is not None and self._pooler.wants_all(state)
         )
+        return Share(row=index, start=start, count=row.num_new, sample=row.sample, scored=scored)
 
     def _computable(self, row: Row, state: RequestState, partial: PartialStep) -> bool:
         """Whether the row's request can be served and its tokens exist: not if the step that was
@@ -371,6 +367,7 @@ class ModelRunner:
             processor=state.processor,
             mask=state.mask,
             mu=state.mu,
+            plain=state.plain,
         )
 
     def _batch(self, packed: Packed, previous: Sequence[Tensor]) -> StepBatch:
@@ -389,7 +386,7 @@ class ModelRunner:
         def result() -> StepResult:
             arrays = wait()
             outcome: Outcome = partial.finish(arrays)
-            self._lessons.extend(outcome.lessons)
+            self._lessons.append(outcome.lessons)
             if self._pooler is None:
                 return outcome.result
             return self._pooler.complete(outcome.result, partial, arrays)

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from tokenry.backend.contract import Caps, Phase
 
 SCORED_TOKENS = 256
@@ -23,8 +25,7 @@ vocab] floats).
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class Share(msgspec.Struct, frozen=True, kw_only=True):
     """What one launch computes of one row of the plan: tokens [start, start + count) of the
     request.
 

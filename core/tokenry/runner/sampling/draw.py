@@ -7,8 +7,8 @@ function of (seed, position) alone. Knows no logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,10 +19,10 @@ from tokenry.runner.sampling.marks import mix
 from tokenry.runner.sampling.processors import LogitsProcessor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True, kw_only=True):
     """One row that draws a token: token number `position` of the request.
 
+    plain  its parameters alone change no logit, as was found when the request came.
     mask   what its grammar lets be drawn; made while the model runs.
     mu     mirostat's bound after the last token, None before the first.
     """
@@ -32,6 +32,7 @@ class Draw:
     position: int
     num_prompt: int
     history: IntArray
+    plain: bool = False
     processor: LogitsProcessor | None = None
     mask: Mask | None = None
     mu: float | None = None

@@ -30,8 +30,13 @@ def has_rules(draw: Draw) -> bool:
     """Whether the row's logits are changed before it draws, in whatever way: the sampler looks at
     no other row.
     """
-    p = draw.params
-    return bool(
+    begins = draw.position - draw.num_prompt < draw.params.min_tokens
+    return begins or draw.mask is not None or not (draw.plain or is_plain(draw.params))
+
+
+def is_plain(p: SamplingParams) -> bool:
+    """Whether parameters change no logit, besides what min_tokens forbids at the beginning."""
+    return not (
         p.logit_bias
         or p.allowed_token_ids is not None
         or p.bad_words_ids
@@ -43,8 +48,6 @@ def has_rules(draw: Draw) -> bool:
         or p.no_repeat_ngram_size
         or p.watermark is not None
         or narrows(p)
-        or draw.mask is not None
-        or draw.position - draw.num_prompt < p.min_tokens
     )
 
 
