@@ -71,7 +71,8 @@ def run_deep_steps(
         execute(deep_batch(num_tokens, context, width=width, block_size=size, bucket=bucket))
         took = clock() - start
         spent += took
-        wanted = min(most, 4 * num_tokens)
-        if wanted == num_tokens or spent + took * wanted / num_tokens > TIME_S:
+        fits = int(num_tokens * (TIME_S - spent) / took) if took else most
+        wanted = most if most <= min(fits, 8 * num_tokens) else min(most, 4 * num_tokens)
+        if wanted == num_tokens or wanted > fits:
             return num_tokens
         num_tokens = wanted

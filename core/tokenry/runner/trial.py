@@ -13,7 +13,7 @@ from tokenry.backend.base import Backend, StepBatch
 from tokenry.params import SamplingParams
 from tokenry.runner.sampler import Sampler
 from tokenry.runner.sampling.draw import Draw
-from tokenry.runner.sampling.scores import score
+from tokenry.runner.sampling.scores import ROWS_AT_ONCE, score
 
 WAYS_TO_DRAW = (
     SamplingParams(temperature=0),
@@ -26,9 +26,12 @@ MOST_LOGPROBS = 20
 
 
 def try_draws(sampler: Sampler, backend: Backend, logits: Tensor, batch: StepBatch) -> None:
-    """Draw from logits [R, vocab] of the batch; with all logits, score its tokens first."""
+    """Draw from logits [R, vocab] of the batch; with all logits, score its tokens first (on the
+    host, where scores are made of some rows at a time, of two such parts: more need no more).
+    """
     if batch.bucket.logits == "all":
-        backend.fetch(score(logits, batch.token_ids, MOST_LOGPROBS).tensors)()
+        rows = len(logits) if logits.device.type != "cpu" else 2 * ROWS_AT_ONCE
+        backend.fetch(score(logits[:rows], batch.token_ids[:rows], MOST_LOGPROBS).tensors)()
         logits = logits[:1]  # the one row that a scored launch draws from
     history = np.zeros(1, np.int32)
     for params in WAYS_TO_DRAW:
