@@ -120,6 +120,8 @@ class BucketTable:
 
         Raises UncoveredShape on a static device: an error of ours, never a silent compile.
         """
+        if not (self.buckets or self._caps.shapes.static):
+            return None
         if need in self._chosen:
             return self._chosen[need]
         found = self._find(need)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ FIELDS = (
     "token_ids", "positions", "slots", "prev_row", "q_start", "q_lens", "seq_lens", "block_table",
     "logit_rows",
 )  # fmt: skip
+_in_order = operator.attrgetter(*FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def pack(
     buffer, arrays = _blank(bucket, width)
     shares = launch.shares
     counts = [share.count for share in shares]
+    ends = [share.start + share.count for share in shares]
     n, q = len(counts), T // S
     if uniform_q:
         firsts = list(range(0, n * q, q))
@@ -77,7 +80,7 @@ def pack(
     else:
         feeds_back = _fill_chunks(shares, states, firsts, arrays, block_size)
     arrays["q_lens"][:n] = counts
-    arrays["seq_lens"][:n] = [share.start + share.count for share in shares]
+    arrays["seq_lens"][:n] = ends
     arrays["q_start"][:n] = firsts
     rest = np.minimum(np.arange(n, S + 1) * q, T) if uniform_q else sum(counts)
     arrays["q_start"][n:] = rest
@@ -139,8 +142,8 @@ def _fill_chunks(
 
 
 def _host_batch(bucket: Bucket, arrays: dict[str, IntArray]) -> HostBatch:
-    values: dict[str, Any] = dict(arrays)
-    return HostBatch(bucket=bucket, **values)
+    fields: Any = arrays
+    return HostBatch(bucket=bucket, **fields)
 
 
 def _feedback(state: RequestState) -> int:
@@ -206,19 +209,29 @@ def to_device(
 
     buffer  holds the arrays already, as `Packed` says.
     """
-    arrays: list[NDArray[Any]] = [getattr(host, name) for name in FIELDS]
     extra = {**host.extra, **backend.attn_inputs(host)}
+    arrays: list[NDArray[Any]] = [*_in_order(host), *extra.values()]
     if buffer is None or extra:
-        arrays += extra.values()
         buffer = np.concatenate([array.reshape(-1) for array in arrays], dtype=np.int32)
     source = torch.from_numpy(buffer)
     if backend.caps.pinned_inputs:
         source = source.pin_memory()
     whole = source.to(backend.caps.input_device, non_blocking=True)
     parts = whole.split_with_sizes([array.size for array in arrays])
-    fields = dict(zip(FIELDS, parts, strict=False))
-    fields["block_table"] = fields["block_table"].view(host.block_table.shape)
-    prev_row = fields.pop("prev_row")
-    more = zip(extra.items(), parts[len(FIELDS) :], strict=True)
-    named = {name: part.view(array.shape) for (name, array), part in more}
-    return StepBatch(bucket=host.bucket, extra=named, **fields), prev_row
+    token_ids, positions, slots, prev_row, q_start, q_lens, seq_lens, table, rows, *more = parts
+    batch = StepBatch(
+        bucket=host.bucket,
+        token_ids=token_ids,
+        positions=positions,
+        slots=slots,
+        q_start=q_start,
+        q_lens=q_lens,
+        seq_lens=seq_lens,
+        block_table=table.view(host.block_table.shape),
+        logit_rows=rows,
+        extra={
+            name: part.view(array.shape)
+            for (name, array), part in zip(extra.items(), more, strict=True)
+        },
+    )
+    return batch, prev_row

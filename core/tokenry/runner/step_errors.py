@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
@@ -39,31 +38,34 @@ def typed_steps(run: Callable[[R, StepPlan], Waiter]) -> Callable[[R, StepPlan],
 
     @functools.wraps(run)
     def typed(runner: R, plan: StepPlan) -> Waiter:
-        with _typed(plan, runner._backend):
+        try:
             wait = run(runner, plan)
+        except Exception as error:
+            _check(plan, runner._backend, error)
+            raise
 
         def result() -> StepResult:
-            with _typed(plan, runner._backend):
+            try:
                 return wait()
+            except Exception as error:
+                _check(plan, runner._backend, error)
+                raise
 
         return result
 
     return typed
 
 
-@contextmanager
-def _typed(plan: StepPlan, backend: Backend) -> Iterator[None]:
-    try:
-        yield
-    except TokenryError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
+def _check(plan: StepPlan, backend: Backend, error: Exception) -> None:
+    """Raises what the error is in the core's words, if it has any for it."""
+    if isinstance(error, TokenryError):
+        return
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         raise _oom(plan, error) from error
-    except RuntimeError as error:
+    if isinstance(error, RuntimeError):
         if HOST_ALLOCATOR in str(error):
             raise _oom(plan, error) from error
         _check_device(plan, backend, error)
-        raise
 
 
 def _check_device(plan: StepPlan, backend: Backend, error: Exception) -> None:

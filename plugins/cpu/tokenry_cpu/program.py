@@ -205,7 +205,10 @@ class Program:
             self._lasting,
         )
         self._arena = torch.empty(0)
-        self._kv: tuple[KV, Any] | None = None
+        self._pass_rows = native.rows_of_a_pass()
+        self._kv: KV = None
+        self._layers: Any = None
+        self._kv_format = 0
 
     def _encode(self, one: Noted, widths: Sequence[int]) -> Instruction:
         def operand(tensor: Tensor | None) -> Operand:
@@ -256,7 +259,7 @@ class Program:
         arena has.
         """
         share = max(batch.token_ids.shape[0], batch.logit_rows.shape[0])
-        passing = min(share, native.rows_of_a_pass())
+        passing = min(share, self._pass_rows)
         need = share * self._lasting + passing * self._passing
         if self._arena.numel() < need:
             self._arena = torch.empty(need)
@@ -265,8 +268,10 @@ class Program:
     def _run(self, call: ProgramCall, batch: StepBatch, kv: KV) -> Tensor:
         tokens, rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         share, passing, _ = self._room(batch)
-        if self._kv is None or self._kv[0] is not kv:
-            self._kv = kv, (c_void_p * len(kv))(*(layer.data_ptr() for layer in kv))
+        if self._kv is not kv:
+            self._kv = kv
+            self._layers = (c_void_p * len(kv))(*(layer.data_ptr() for layer in kv))
+            self._kv_format = native.KV_FORMATS[kv[0].dtype]
         out = torch.empty((rows, self._vocab))
         step = StepCall(
             batch.token_ids.data_ptr(),
@@ -284,8 +289,8 @@ class Program:
             self._block_size,
             share,
             passing,
-            ctypes.addressof(self._kv[1]),
-            native.KV_FORMATS[kv[0].dtype],
+            ctypes.addressof(self._layers),
+            self._kv_format,
             self._arena.data_ptr(),
             out.data_ptr(),
         )
