@@ -7,13 +7,25 @@ namespace tokenry::NS {
 
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t even_up(int64_t n) { return n + n % 2; }
 
 // bf16 lies in pairs, as one instruction multiplies them: neighbouring values of a key, neighbouring
-// keys' values.
+// keys' values. int8 lies alike and is worked on as bf16, which has room for each of its values.
 template <class T>
 constexpr bool kPaired = false;
 template <>
 inline constexpr bool kPaired<bf16> = true;
+template <>
+inline constexpr bool kPaired<int8_t> = true;
+
+template <class T>
+struct Worked {
+  using type = T;
+};
+template <>
+struct Worked<int8_t> {
+  using type = bf16;
+};
 
 template <class T>
 struct Block {
@@ -23,7 +35,7 @@ struct Block {
       : base(static_cast<T*>(a.kv)),
         size(a.block_size),
         head_dim(a.head_dim),
-        half(size * (head_dim + (kPaired<T> ? head_dim % 2 : 0) +
+        half(size * ((kPaired<T> ? even_up(head_dim) : head_dim) +
                      (sizeof(T) == 1 ? int64_t(sizeof(float)) : 0))),
         kv_heads(a.kv_heads) {}
   T* keys(int64_t block, int64_t head) const { return base + (block * kv_heads + head) * 2 * half; }
@@ -39,48 +51,50 @@ struct Block {
 
 // The int8 format's scales, after the keys or the values of a block.
 INLINE float* scales_of(const Attention& a, int8_t* keys_or_values) {
-  return reinterpret_cast<float*>(keys_or_values + a.block_size * a.head_dim);
+  return reinterpret_cast<float*>(keys_or_values + a.block_size * even_up(a.head_dim));
 }
 
-// x[0, n) as whole numbers of [-127, 127] times the scale that is returned, `step` bytes apart. A
-// NaN or infinity makes the scale NaN.
-inline float quantise_row(const float* x, int64_t n, int8_t* out, int64_t step) {
-  float top = 0, check = 0;
-  for (int64_t d = 0; d < n; d++) {
-    const float size = x[d] < 0 ? -x[d] : x[d];
-    top = size > top ? size : top;
-    check += x[d] * 0.0f;
+// x[0, n) as whole numbers of [-127, 127] times the scale that is returned; zeros follow them in
+// the last panel. A NaN or infinity makes the scale NaN.
+inline float quantise_row(const float* x, int64_t n, int8_t* out) {
+  alignas(64) float last[LANES] = {};
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t d = whole; d < n; d++) last[d - whole] = x[d];
+  const auto at = [&](int64_t d) { return load(d < whole ? x + d : last); };
+  vf top{}, check{};
+  for (int64_t d = 0; d < n; d += LANES) {
+    const vf v = at(d);
+    top = max(v < 0.0f ? -v : v, top);
+    check += v * 0.0f;
   }
-  if (check != 0.0f) top = NAN;
-  const float inverse = top > 0 ? 127.0f / top : 0.0f;
-  for (int64_t d = 0; d < n; d++) {
-    const float whole = inverse > 0 ? (x[d] * inverse + 12582912.0f) - 12582912.0f : 0.0f;
-    out[d * step] = int8_t(whole > 127 ? 127 : whole < -127 ? -127 : whole);
+  const float most = sum(check) != 0.0f ? NAN : largest(top);
+  const float inverse = most > 0 ? 127.0f / most : 0.0f;
+  for (int64_t d = 0; d < n; d += LANES) {
+    vf v = inverse > 0 ? (at(d) * inverse + 12582912.0f) - 12582912.0f : vf{};
+    store(out + d, max(min(v, splat(127.0f)), splat(-127.0f)));
   }
-  return top / 127.0f;
+  return most / 127.0f;
 }
 
-inline void write_int8(const Attention& a, int64_t token, int64_t head) {
-  const Block<int8_t> at(a);
+// Tokens of a pair may be written by two threads: each its own places.
+template <class T>
+void write_paired(const Attention& a, int64_t token, int64_t head) {
+  const Block<T> at(a);
   const int64_t slot = a.slots[token], block = slot / a.block_size, i = slot % a.block_size;
-  int8_t *keys = at.keys(block, head), *values = at.values(block, head);
-  const float* k = a.k + token * a.k_stride + head * a.head_dim;
-  const float* v = a.v + token * a.v_stride + head * a.head_dim;
-  scales_of(a, keys)[i] = quantise_row(k, a.head_dim, keys + i, a.block_size);
-  scales_of(a, values)[i] = quantise_row(v, a.head_dim, values + i * a.head_dim, 1);
-}
-
-// Tokens of a pair may be written by two threads: each its own two bytes.
-inline void write_pairs(const Attention& a, int64_t token, int64_t head) {
-  const Block<bf16> at(a);
-  const int64_t slot = a.slots[token], block = slot / a.block_size, i = slot % a.block_size;
-  bf16 *keys = at.keys(block, head), *values = at.values(block, head);
-  bf16* line = static_cast<bf16*>(scratch((a.head_dim + kPanel) * 2));
-  narrow_row(a.k + token * a.k_stride + head * a.head_dim, a.head_dim, line);
-  for (int64_t d = 0; d < a.head_dim; d += 2) memcpy(keys + at.in_keys(i, d), line + d, 4);
-  narrow_row(a.v + token * a.v_stride + head * a.head_dim, a.head_dim, line);
-  bf16* to = values + at.in_values(i, 0);
-  for (int64_t d = 0; d < a.head_dim; d++) to[2 * d] = line[d];
+  T* line = static_cast<T*>(scratch((a.head_dim + kPanel) * 2));
+  const auto rounded = [&](const float* x, T* block_of_it) {
+    if constexpr (sizeof(T) == 1)
+      scales_of(a, block_of_it)[i] = quantise_row(x, a.head_dim, line);
+    else
+      narrow_row(x, a.head_dim, line);
+  };
+  T *keys = at.keys(block, head), *values = at.values(block, head);
+  rounded(a.k + token * a.k_stride + head * a.head_dim, keys);
+  for (int64_t d = 0; d < a.head_dim; d += 2)
+    memcpy(keys + at.in_keys(i, d), line + d, 2 * sizeof(T));
+  rounded(a.v + token * a.v_stride + head * a.head_dim, values);
+  values += at.in_values(i, 0);
+  for (int64_t d = 0; d < a.head_dim; d++) values[2 * d] = line[d];
 }
 
 template <class T>
@@ -97,8 +111,8 @@ void write_as(const Attention& a, int64_t token, int64_t head) {
 
 inline void write_kv(const Attention& a, int64_t token, int64_t head) {
   if (a.format == kF32) return write_as<float>(a, token, head);
-  if (a.format == kBF16) return write_pairs(a, token, head);
-  if (a.format == kInt8) return write_int8(a, token, head);
+  if (a.format == kBF16) return write_paired<bf16>(a, token, head);
+  if (a.format == kInt8) return write_paired<int8_t>(a, token, head);
   write_as<f16>(a, token, head);
 }
 
@@ -235,11 +249,34 @@ INLINE void value_pairs(const X* p, bf16* const* blocks, int64_t size, int64_t h
     for (int v = 0; v < NV; v++) store(out + m * head_dim + v * LANES, acc[m][v]);
 }
 
-// One tile of M rows against the keys of one chunk.
+// Blocks that are asked for while another is widened.
+constexpr int64_t kBlocksAhead = 2;
+
+// The blocks of one chunk of keys and of up to kBlocksAhead that follow, and where they were int8 the
+// scales of its keys and then of its values, kKeys each.
+template <class T>
+struct Chunk {
+  T *keys[kKeys / 16 + kBlocksAhead], *values[kKeys / 16 + kBlocksAhead];
+  const float* scales;
+  int64_t start, found;
+};
+
+// rows[m][0, count) *= scales, for M rows of kKeys.
+template <int M>
+INLINE void scale_rows(float* rows, const float* scales, int64_t count) {
+  for (int64_t t = 0; t < count; t += LANES) {
+    const vf scale = load(scales + t);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) store(rows + m * kKeys + t, load(rows + m * kKeys + t) * scale);
+  }
+}
+
+// One tile of M rows against the first `count` keys of a chunk.
 template <int M, class T>
-void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* const* keys,
-                T* const* values, int64_t start, int64_t count, float* most, float* total,
-                float* out) {
+void chunk_tile(const Attention& a, const float* q, const int64_t* last, const Chunk<T>& chunk,
+                int64_t count, float* most, float* total, float* out) {
+  const auto &keys = chunk.keys, &values = chunk.values;
+  const int64_t start = chunk.start;
   alignas(64) float p[M * kKeys];
   const int64_t size = a.block_size;
   const Block<T> at(a);
@@ -253,17 +290,9 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
       score_pairs<M>(q, first, second, size, a.head_dim, p + t);
     else
       score_tile<M>(q, first, second, size, a.head_dim, p + t);
-    if constexpr (sizeof(T) == 1) {
-      const float* scales[2] = {scales_of(a, keys[t / size]) + t % size,
-                                scales_of(a, keys[u / size]) + u % size};
-      for (int m = 0; m < M; m++)
-        for (int64_t i = 0; i < kPanel; i += LANES) {
-          float* at = p + m * kKeys + t + i;
-          store(at, load(at) * load(scales[i / 16] + i % 16));
-        }
-    }
   }
   const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
+  if (kPaired<T> && chunk.scales) scale_rows<M>(p, chunk.scales, padded);
   // first the maxima of all rows, then what needs them: the rows' reductions overlap
   static_assert(M <= LANES, "a lane for each row");
   alignas(64) float before[LANES] = {}, now[LANES] = {};
@@ -309,15 +338,12 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
     for (int v = 1; v < NV; v++) here[0] += here[v];
     total[m] += sum(here[0]);
   }
-  if constexpr (sizeof(T) == 1) {  // a value's scale goes to its weight
-    for (int64_t t = 0; t < count; t++) {
-      const float scale = scales_of(a, values[t / size])[t % size];
-      for (int m = 0; m < M; m++) p[m * kKeys + t] *= scale;
-    }
-  }
-  constexpr bool dots = kPaired<T> && kDots;
-  alignas(64) bf16 pairs[dots ? M * kKeys : 1];
-  if constexpr (dots) {  // up to the end of the panel: 0 after the last key
+  // a value's scale goes to its weight
+  if (kPaired<T> && chunk.scales) scale_rows<M>(p, chunk.scales + kKeys, padded);
+  // weights with a scale stay floats: rounded, rows of equal weights would not add up to 1
+  const bool dots = kPaired<T> && kDots && !chunk.scales;
+  alignas(64) bf16 pairs[kPaired<T> && kDots ? M * kKeys : 1];
+  if (dots) {  // up to the end of the panel: 0 after the last key
     for (int m = 0; m < M; m++)
       for (int64_t t = 0; t < padded; t += kPanel)
         narrow_panel(p + m * kKeys + t, pairs + m * kKeys + t);
@@ -326,12 +352,14 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
   for (; d + kPanel <= a.head_dim; d += kPanel) {
     T* here[kKeys / 16];
     for (int64_t b = 0; b * size < count; b++) here[b] = values[b] + at.in_values(0, d);
-    if constexpr (dots)
-      value_pairs<M>(pairs, here, size, a.head_dim, count, out + d);
-    else if constexpr (kPaired<T>)
-      value_pairs<M>(p, here, size, a.head_dim, count, out + d);
-    else
+    if constexpr (kPaired<T>) {
+      if (dots)
+        value_pairs<M>(pairs, here, size, a.head_dim, count, out + d);
+      else
+        value_pairs<M>(p, here, size, a.head_dim, count, out + d);
+    } else {
       value_tile<M>(p, here, size, a.head_dim, count, out + d);
+    }
   }
   for (; d < a.head_dim; d++) {
     for (int m = 0; m < M; m++) {
@@ -345,12 +373,10 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, T* cons
 
 template <int M, class T>
 void chunk_of(int64_t rows, const Attention& a, const float* q, const int64_t* last,
-              T* const* keys, T* const* values, int64_t start, int64_t count, float* most,
-              float* total, float* out) {
+              const Chunk<T>& chunk, int64_t count, float* most, float* total, float* out) {
   if constexpr (M > 0) {
-    if (rows == M)
-      return chunk_tile<M>(a, q, last, keys, values, start, count, most, total, out);
-    chunk_of<M - 1>(rows, a, q, last, keys, values, start, count, most, total, out);
+    if (rows == M) return chunk_tile<M>(a, q, last, chunk, count, most, total, out);
+    chunk_of<M - 1>(rows, a, q, last, chunk, count, most, total, out);
   }
 }
 
@@ -360,7 +386,14 @@ struct Queries {
   int64_t* last;  // [rows] position of each
   float* q;       // [tiles][width][tile], scaled
   float* free;    // what follows in the scratch
+  float* wide;    // room for a chunk of int8 keys and values as bf16, and their scales; 64 bytes
 };
+
+// Floats of that room.
+constexpr int64_t kLine = 64 / sizeof(float);
+INLINE int64_t wide_size(const Attention& a) {
+  return a.format == kInt8 ? kKeys * even_up(a.head_dim) + 2 * kKeys + kLine : 0;
+}
 
 // Rows r % G of the queries first + r / G; `more` floats are left free behind them.
 inline Queries queries_of(const Attention& a, int64_t request, int64_t first, int64_t count,
@@ -369,12 +402,14 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
   const int64_t cached = a.seq_lens[request] - a.q_lens[request] + first;
   const int64_t token = a.q_start[request] + first;
   const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, tile = (rows + tiles - 1) / tiles;
-  const int64_t width = D + D % 2, line = width + kPanel;  // zeros behind the last
-  const int64_t floats = rows * width + more + tile * line;
+  const int64_t width = even_up(D), line = width + kPanel;  // zeros behind the last
+  const int64_t floats = rows * width + more + tile * line + wide_size(a);
   int64_t* last = static_cast<int64_t*>(scratch(rows * 8 + floats * 4));
   float* q = reinterpret_cast<float*>(last + rows);
   float* staged = q + rows * width + more;
-  const bool pairs = kDots && a.format == kBF16;
+  float* wide = staged + tile * line;
+  while (reinterpret_cast<uintptr_t>(wide) % 64) wide++;
+  const bool pairs = kDots && (a.format == kBF16 || a.format == kInt8);
   bf16* narrowed = reinterpret_cast<bf16*>(staged);
   for (int64_t at = 0; at < rows; at += tile) {
     const int64_t here = least_of(tile, rows - at);
@@ -392,13 +427,50 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
     else
       interleave(staged, line, here, width, q + at * width);
   }
-  return {rows, tile, width, cached, count, last, q, q + rows * width};
+  return {rows, tile, width, cached, count, last, q, q + rows * width, wide};
+}
+
+// Finds the blocks of a chunk; from its start on there are `count` keys.
+template <class T>
+INLINE void find_chunk(const Attention& a, const Block<T>& blocks, const int32_t* table,
+                       int64_t head, int64_t count, Chunk<T>& chunk) {
+  const int64_t first = chunk.start / a.block_size;
+  chunk.found = (least_of(count, kKeys + kBlocksAhead * a.block_size) + a.block_size - 1) / a.block_size;
+  for (int64_t b = 0; b < chunk.found; b++) {
+    chunk.keys[b] = blocks.keys(table[first + b], head);
+    chunk.values[b] = blocks.values(table[first + b], head);
+  }
+}
+
+// The blocks of its first `count` keys widened to bf16 in `room`, their scales behind them.
+inline void widen_chunk(const Attention& a, const Chunk<int8_t>& from, int64_t count, float* room,
+                        Chunk<bf16>& to) {
+  const int64_t size = a.block_size, all = size * even_up(a.head_dim);
+  bf16* wide = reinterpret_cast<bf16*>(room);
+  float* scales = room + kKeys * even_up(a.head_dim);
+  for (int64_t b = 0; b * size < count; b++) {
+    const int64_t later = b + kBlocksAhead < from.found ? b + kBlocksAhead : b;
+    for (int v = 0; v < 2; v++) {
+      int8_t* const* blocks = v ? from.values : from.keys;
+      for (int64_t i = 0; i < all; i += kPanel) {
+        __builtin_prefetch(blocks[later] + i);
+        widen_panel(blocks[b] + i, wide + i);
+      }
+      memcpy(scales + v * kKeys + b * size, scales_of(a, blocks[b]), size * sizeof(float));
+      (v ? to.values : to.keys)[b] = wide;
+      wide += all;
+    }
+  }
+  // a weight of 0 stays 0 whatever was in memory
+  for (int64_t t = count; t < kKeys; t++) scales[t] = scales[kKeys + t] = 0.0f;
+  to.scales = scales;
 }
 
 // The keys of one piece: state = outputs [rows, D], maxima [rows], sums [rows].
 template <class T>
 void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t head, int64_t piece,
               float* state) {
+  using W = typename Worked<T>::type;
   const int64_t D = a.head_dim, rows = at.rows;
   float *out = state, *most = out + rows * D, *total = most + rows;
   for (int64_t i = 0; i < rows * D; i++) out[i] = 0.0f;
@@ -409,19 +481,23 @@ void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t he
   const int64_t end = least_of(at.cached + at.count, (piece + 1) * kPiece);
   for (int64_t start = most_of(seen / kKeys * kKeys, piece * kPiece); start < end; start += kKeys) {
     const int64_t keys_here = least_of(kKeys, end - start);
-    T *keys[kKeys / 16], *values[kKeys / 16];
-    for (int64_t t = 0; t < keys_here; t += a.block_size) {
-      const int64_t block = table[(start + t) / a.block_size];
-      keys[t / a.block_size] = blocks.keys(block, head);
-      values[t / a.block_size] = blocks.values(block, head);
+    Chunk<W> chunk;
+    chunk.scales = nullptr, chunk.start = start;
+    if constexpr (sizeof(T) == 1) {
+      Chunk<T> bytes;
+      bytes.start = start;
+      find_chunk(a, blocks, table, head, at.cached + at.count - start, bytes);
+      widen_chunk(a, bytes, keys_here, at.wide, chunk);
+    } else {
+      find_chunk(a, blocks, table, head, keys_here, chunk);
     }
     for (int64_t r = 0; r < rows; r += at.tile) {
       const int64_t here = least_of(at.tile, rows - r);
       if (at.last[r + here - 1] < start) continue;
       if (a.window && at.last[r] - a.window + 1 >= start + keys_here) continue;
       const int64_t visible = least_of(keys_here, at.last[r + here - 1] + 1 - start);
-      chunk_of<MAX_TILE, T>(here, a, at.q + r * at.width, at.last + r, keys, values, start, visible,
-                            most + r, total + r, out + r * D);
+      chunk_of<MAX_TILE, W>(here, a, at.q + r * at.width, at.last + r, chunk, visible, most + r,
+                            total + r, out + r * D);
     }
   }
 }

@@ -55,8 +55,9 @@ struct Attention {
   const float *q, *k, *v;  // rows of T tokens, strides in floats
   int64_t q_stride, k_stride, v_stride;
   void* kv;  // [blocks][KH][2][...]: keys [head_dim][block_size], values [block_size][head_dim];
-             // bf16: [head_dim / 2][block_size][2], [block_size / 2][head_dim][2] (a zero follows
-             // an odd head's last value); int8: after each of the two float scales [block_size]
+             // bf16, int8: [head_dim / 2][block_size][2], [block_size / 2][head_dim][2] (a zero
+             // follows an odd head's last value); int8: after each of the two float scales
+             // [block_size]
   float* out;  // [T, heads * head_dim]
   const int32_t *q_start, *q_lens, *seq_lens, *block_table, *slots;
   int64_t tokens, requests, table_width, heads, kv_heads, head_dim, block_size;

@@ -44,12 +44,26 @@ INLINE vf load(const bf16* p) {
   vh_any raw = *reinterpret_cast<const vh_any*>(p);
   return (vf)(__builtin_convertvector(raw, vu) << 16);
 }
+// GCC takes bytes apart one by one where it converts vectors of them.
 INLINE vf load(const int8_t* p) {
-  typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-  const bytes raw = *reinterpret_cast<const bytes*>(p);
-  return __builtin_convertvector(__builtin_convertvector(raw, vi), vf);
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vf y;
+  for (int i = 0; i < LANES; i++) y[i] = p[i];
+  return y;
+#endif
 }
-INLINE float one(int8_t x) { return x; }
+// Whole numbers of [-128, 127].
+INLINE void store(int8_t* p, vf x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x)));
+#else
+  for (int i = 0; i < LANES; i++) p[i] = int8_t(x[i]);
+#endif
+}
 INLINE float one(float x) { return x; }
 INLINE float one(bf16 x) {
   uint32_t bits = uint32_t{x.bits} << 16;
@@ -224,6 +238,17 @@ INLINE void narrow_panel(const float* x, bf16* y) {
   memcpy(y, &both, sizeof both);
 #else
   for (int64_t i = 0; i < kPanel; i++) y[i] = narrow(x[i], y);
+#endif
+}
+
+// kPanel bytes as bf16, exactly.
+INLINE void widen_panel(const int8_t* x, bf16* y) {
+#if defined(__AVX512BF16__)
+  const auto both = _mm512_cvtne2ps_pbh((__m512)load(x + LANES), (__m512)load(x));
+  memcpy(y, &both, sizeof both);
+#else
+  for (int64_t i = 0; i < kPanel; i += LANES)
+    *reinterpret_cast<vh_any*>(y + i) = __builtin_convertvector((vu)load(x + i) >> 16, vh_any);
 #endif
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,17 @@ def test_a_long_context_is_near_the_exact_result(isa, dtype, rule):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 33, 80])
+def test_heads_of_any_size_are_near_the_exact_result(isa, dtype, head_dim):
+    context = Context([70, 5], dtype, head_dim=head_dim)
+    got = context.step([(0, 0, 70), (1, 0, 5)])
+    most = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.int8: 2e-2}
+    for request, row in enumerate(got):
+        exact = context.exact(request)
+        assert ((row - exact).norm() / exact.norm()).item() < most[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", [{}, {"window": 1100}, {"softcap": 5.0}], ids=str)
 def test_bits_depend_on_neither_threads_nor_company_nor_chunks(isa, dtype, rule):
     lengths = [3100, 40, 1025]
@@ -170,6 +182,19 @@ def test_bfloat16_kv_of_an_odd_head_is_planned_as_large_as_it_is():
     layers = backend.alloc_kv(spec, 10)
     plan = backend.plan_kv(spec, backend.memory().total, None)
     assert plan.ledger["kv"] * 10 == plan.num_blocks * sum(layer.nbytes for layer in layers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux")
+def test_kv_is_private_memory_which_has_huge_pages():
+    spec = KVSpec(num_layers=1, num_kv_heads=4, head_dim=64, block_size=16, dtype="float32")
+    (layer,) = CpuBackend(CpuOptions(threads=1)).alloc_kv(spec, 1000)
+    at = layer.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(x, 16) for x in line.split()[0].split("-"))
+        if begin <= at < end:
+            assert line.split()[1] == "rw-p"
+            return
+    raise AssertionError("the KV is nowhere")
 
 
 def test_kv_options_are_checked():

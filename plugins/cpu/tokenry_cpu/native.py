@@ -56,17 +56,17 @@ def kv_shape(
     num_blocks: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> tuple[int, ...]:
     """One layer's KV: per block and head the keys [head_dim, block_size], then the values
-    [block_size, head_dim]; bfloat16: [head_dim / 2, block_size, 2] and [block_size / 2, head_dim,
-    2]; int8: after each of the two the float32 scales [block_size].
+    [block_size, head_dim]; bfloat16 and int8: [head_dim / 2, block_size, 2] and [block_size / 2,
+    head_dim, 2]; int8: after each of the two the float32 scales [block_size].
     """
     return (num_blocks, kv_heads, 2, kv_width(head_dim, dtype) * block_size)
 
 
 def kv_width(head_dim: int, dtype: torch.dtype) -> int:
     """Elements that a key takes, and a value."""
-    if dtype == torch.int8:
-        return head_dim + 4
-    return head_dim + head_dim % 2 if dtype == torch.bfloat16 else head_dim
+    if dtype in (torch.float32, torch.float16):
+        return head_dim
+    return head_dim + head_dim % 2 + (4 if dtype == torch.int8 else 0)
 
 
 def block_size_of(kv_layer: Tensor, head_dim: int) -> int:
