@@ -18,33 +18,39 @@ from tokenry_cpu import native
 
 MAPS = Path("/proc/self/maps")
 BATCH_BYTES = 16 * 2**20
-"""Bytes of tensors after which what was read of the file, and holes in the heap, are given back."""
+"""Bytes of tensors after which what was read of the file is given back."""
+TRIM_BATCHES = 2
+"""Batches after which holes in the heap are given back, too: the next tensors fit into those that
+the last ones left, and memory that comes anew from the kernel takes longer than a copy into it.
+"""
 
 
 def let_go(weights: WeightIter) -> Iterator[tuple[str, Tensor]]:
     """The same tensors; as the next ones are asked for, the file of the last ones leaves memory."""
-    library, read = native.library(), 0
+    library, read, batches = native.library(), 0, 0
     last: Tensor | None = None
     span: tuple[int, int] | None = None
 
-    def flush() -> None:
+    def flush(*, trim: bool) -> None:
         if span is not None:
             library.tk_let_go(span[0], span[1] - span[0])
-        library.tk_trim()  # copies on the way leave holes in the heap
+        if trim:
+            library.tk_trim()  # copies on the way leave holes in the heap
 
     for name, tensor in weights:
         yield name, tensor
         at = tensor.data_ptr()
         if span is None or not span[0] <= at < span[1]:
             if span is not None:
-                flush()
+                flush(trim=True)
             span = mapping_of(at)
             last = None if span is None else tensor  # as long as it is here, so is the mapping
         read += tensor.nbytes
         if read > BATCH_BYTES:
-            flush()
+            batches += 1
+            flush(trim=batches % TRIM_BATCHES == 0)
             read = 0
-    flush()
+    flush(trim=True)
     del last
 
 
