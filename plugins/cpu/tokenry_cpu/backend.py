@@ -171,6 +171,8 @@ class CpuBackend(Backend):
             plan = super().plan_kv(spec, budget, probe)
         finally:
             self._planning = False
+        if self._kernels is native_ops:
+            native.library().tk_trim()  # what the probe made leaves holes in the heap
         block_bytes = self._block_bytes(self._stored(spec))
         if not reset and block_bytes == spec.block_bytes:
             return plan
