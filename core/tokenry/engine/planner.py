@@ -83,10 +83,10 @@ class Planner:
         """Rows for `order[span]`; gives what is left of the budget, and if one that is no
         filler was preempted.
         """
-        preempted = False
+        preempted, most = False, self.retreat.rows
         for i in span:
             request = order[i]
-            if budget <= 0 or len(planned) >= self.retreat.rows:
+            if budget <= 0 or len(planned) >= most:
                 break
             if request.status is not Status.RUNNING:
                 continue  # it gave up its blocks to one before it
@@ -187,7 +187,10 @@ class Planner:
 
     def _grow(self, request: Request, num_new: int) -> tuple[int, ...] | None:
         """Blocks for num_new more tokens, None if there are not enough."""
-        needed = self.blocks.num_blocks_for(request.num_computed + num_new) - len(request.block_ids)
+        end, num_held = request.num_computed + num_new, len(request.block_ids)
+        if end <= num_held * self.blocks.block_size:
+            return ()
+        needed = self.blocks.num_blocks_for(end) - num_held
         if needed <= 0:
             return ()
         block_ids = self.blocks.allocate(needed)
@@ -199,7 +202,7 @@ class Planner:
         self, planned: list[Planned], request: Request, num_new: int, block_ids: tuple[int, ...]
     ) -> None:
         num_computed = request.num_computed
-        reaches_end = num_computed + num_new == request.num_tokens
+        reaches_end = num_computed + num_new == len(request.tokens) + request.num_pending
         sample = reaches_end and request.max_len > request.num_prompt
         row = Row(
             request_id=request.request_id,

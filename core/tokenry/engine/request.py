@@ -48,6 +48,8 @@ class Request:
     block_ids      blocks held, in the order of the tokens.
     block_hashes   chained hashes of the full blocks that are entered in the prefix cache, or came
                    from it.
+    scores_prompt  prompt log-probabilities are wanted and not delivered, so every prompt token must
+                   be computed.
     mu             mirostat's bound after the last token, as the runner told it.
     matcher        how far it is in its grammar, where it has one; follows `tokens`.
     epoch          counts preemptions, so that a result of an older life does not touch a newer
@@ -88,8 +90,8 @@ class Request:
     mu: float | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    scores_prompt: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs_sent: bool = False
 
     @classmethod
     def from_message(
@@ -123,6 +125,7 @@ class Request:
             queued_s=now_s,
             matcher=matcher,
             pooling=message.pooling,
+            scores_prompt=params.prompt_logprobs is not None,
         )
 
     def introduction(self, block_ids: tuple[int, ...]) -> NewRequest:
@@ -153,13 +156,6 @@ class Request:
     def num_output(self) -> int:
         """Known output tokens."""
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Prompt log-probabilities are wanted and not delivered, so every prompt token must be
-        computed.
-        """
-        return self.params.prompt_logprobs is not None and not self.prompt_logprobs_sent
 
 
 def last_running(order: Sequence[Request], i: int) -> Request | None:

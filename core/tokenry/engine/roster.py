@@ -103,7 +103,7 @@ class Roster:
         self.release(request)
         request.num_computed = request.num_done = 0
         request.epoch += 1
-        if not request.prompt_logprobs_sent:
+        if request.scores_prompt:
             request.prompt_logprobs.clear()
         self.queue(request)
 
@@ -130,9 +130,8 @@ class Roster:
 
     def release(self, source: Request) -> None:
         """Who waited for this request's prompt waits no more: it is computed, or never will be."""
-        if self.held:
-            for request in self.held.pop(source.request_id, ()):
-                self.queue(request)
+        for request in self.held.pop(source.request_id, ()):
+            self.queue(request)
 
     def end_group(self, group: BeamGroup) -> None:
         """All that is left of a beam search."""

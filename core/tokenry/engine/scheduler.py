@@ -244,7 +244,7 @@ class Scheduler:
         lives = planned.epoch == request.epoch and request.status is Status.RUNNING
         if lives:
             request.num_done = max(request.num_done, done)
-            if request.num_done >= request.num_prompt:
+            if self._roster.held and request.num_done >= request.num_prompt:
                 self._roster.release(request)
         if request.group is not None:
             self._take_beam(request.group, request, planned, row)

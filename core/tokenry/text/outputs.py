@@ -235,9 +235,8 @@ class RequestState:
         child = self._children[index]
         if child.finish_reason is not None:  # a stop string ended it, this token was under way
             return None
-        now = time.monotonic()
-        if event.token_ids and self._first_token_s is None:
-            self._first_token_s = now
+        if self._first_token_s is None and event.token_ids:
+            self._first_token_s = time.monotonic()
             self._times = None
             self._scheduled_s = event.scheduled_s or None
         self._num_cached = max(self._num_cached, event.num_cached_tokens)
@@ -247,34 +246,32 @@ class RequestState:
         self._pooled = event.pooled
         num_before = child.num_tokens
         text = child.take(event)
-        stopped = child.finish_reason is not None and event.finish_reason is None
+        abort: tuple[str, ...] = ()
         if child.finish_reason is not None:
             self._num_running -= 1
-            self._finished_s = None if self._num_running else now
+            self._finished_s = None if self._num_running else time.monotonic()
             self._times = None
-        return Update(
-            request_id=self.request_id,
-            output=self._output(child, text, num_before),
-            abort=(child_id(self.request_id, index),) if stopped else (),
-        )
+            if event.finish_reason is None:
+                abort = (child_id(self.request_id, index),)
+        output = self._output(child, text, num_before)
+        return Update(request_id=self.request_id, output=output, abort=abort)
 
     def _output(self, child: Completion, text: str, num_before: int) -> RequestOutput | None:
         """What is to be told now that the child has this text, and tokens after the first
         num_before.
         """
         outputs: tuple[CompletionOutput, ...]
-        prompt_logprobs = self._prompt_logprobs
         if self._kind == "final":
-            told = self.finished
+            told = self._num_running == 0
         else:
             told = bool(text) or child.num_tokens > num_before or child.finish_reason is not None
+        if not told:
+            return None
+        prompt_logprobs = self._prompt_logprobs
         if self._kind == "delta":
             if self._prompt_logprobs_told:
                 prompt_logprobs = None
             self._prompt_logprobs_told = self._prompt_logprobs is not None
-        if not told:
-            return None
-        if self._kind == "delta":
             outputs = (child.since(num_before, text),)
         else:
             outputs = tuple(c.whole() for c in self._children)
