@@ -53,6 +53,7 @@ class Linear(ReferenceOp):
     bfloat16 weights multiply is rounded to bfloat16 once; sums are float32 always.
     """
     takes_narrow = True
+    packs_copies = True
     cache: PackCache | None = None
     """Set by the backend while it builds a model whose packed weights are kept on disk."""
 
