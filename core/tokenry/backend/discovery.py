@@ -8,9 +8,10 @@ another device in silence. Imports no torch: that comes with the plugin, when it
 
 from __future__ import annotations
 
+import functools
 import logging
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import resources
@@ -70,9 +71,8 @@ def check_installed(wanted: str | None) -> None:
     installed, or torch is not.
     """
     installed = [entry.name for entry in _entries(None)]
-    known = {backend.name: backend.install for backend in known_backends()}
-    install = known["cpu"]
     if wanted is not None and wanted not in (*installed, *SIMULATORS):
+        known = {backend.name: backend.install for backend in known_backends()}
         if wanted in known:
             raise NoBackend(f"the backend {wanted!r} is not installed.", mend=known[wanted])
         names = [*installed, *SIMULATORS, *known]
@@ -82,9 +82,13 @@ def check_installed(wanted: str | None) -> None:
             mend=f"--backend {(get_close_matches(wanted, names, n=1) or names)[0]}",
         )
     if wanted is None and not installed:
-        raise NoBackend("No backend is installed (`tokenry devices` lists all).", mend=install)
-    if find_spec("torch") is None:
-        raise NoBackend("torch is not installed; each backend brings it along.", mend=install)
+        what = "No backend is installed (`tokenry devices` lists all)."
+    elif find_spec("torch") is None:
+        what = "torch is not installed; each backend brings it along."
+    else:
+        return
+    cpu = next(backend for backend in known_backends() if backend.name == "cpu")
+    raise NoBackend(what, mend=cpu.install)
 
 
 def choose(
@@ -308,6 +312,8 @@ class _WatchedOptions(dict[str, str]):
 
 def known_backends() -> tuple[KnownBackend, ...]:
     """The project's own backends, from known_backends.toml."""
+    import tomllib  # seldom needed: each start would pay for it
+
     text = resources.files("tokenry.backend").joinpath("known_backends.toml").read_text("utf-8")
     return tuple(
         KnownBackend(
@@ -321,9 +327,17 @@ def known_backends() -> tuple[KnownBackend, ...]:
 
 
 def _entries(only: str | None) -> Iterator[EntryPoint]:
-    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
+    for entry in _installed(entry_points, tuple(sys.path)):
         if only is None or entry.name == only:
             yield entry
+
+
+@functools.lru_cache(1)
+def _installed(find: Callable[..., Iterable[EntryPoint]], path: Sequence[str]) -> list[EntryPoint]:
+    """Read once as long as `path` is the same: a start asks three times, and each time the metadata
+    of every installed distribution would be read.
+    """
+    return sorted(find(group=ENTRY_POINTS), key=lambda e: e.name)
 
 
 def _manager(entry: EntryPoint) -> pluggy.PluginManager:
