@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tokenry.text.chat_sandbox  # noqa: F401  here, so that no request waits for it
 from tokenry.api.run import Prompt
 from tokenry.api.schema import ChatRequest
 from tokenry.errors import RequestError

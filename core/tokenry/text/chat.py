@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls  # noqa: N812  it is a class
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any
 
 from tokenry.errors import ModelLoadError, RequestError
+
+if TYPE_CHECKING:
+    import jinja2
 
 Message = Mapping[str, Any]
 _END_MARK = "TOKENRY-CONTINUE-HERE "
@@ -76,6 +73,8 @@ class ChatTemplate:
         plain = _plain_messages(messages, keep_parts=bool(_LOOPS_OVER_PARTS.search(source)))
         if continue_final_message:
             _mark_end(plain)
+        import jinja2
+
         variables = {**self._special_tokens, "documents": None, **_plain(kwargs)}
         try:
             text = self._template(source).render(
@@ -123,7 +122,9 @@ class ChatTemplate:
         if source not in self._compiled:
             if len(self._compiled) >= 32:  # templates that requests bring must not pile up
                 self._compiled.clear()
-            self._compiled[source] = _environment().from_string(source)
+            from tokenry.text.chat_sandbox import environment
+
+            self._compiled[source] = environment().from_string(source)
         return self._compiled[source]
 
 
@@ -248,56 +249,3 @@ def _plain(value: Any) -> Any:
     raise RequestError(
         f"Messages hold a {type(value).__name__}; only JSON's types can be sent.", param="messages"
     )
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks an assistant's text for training; to serve, its body is all that
-    matters.
-    """
-
-    tags = {"generation"}  # noqa: RUF012  jinja declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscore names, through which a sandbox was escaped before."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a chat template may not set {name!r}")
-        super().__setitem__(name, value)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControls]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["namespace"] = _Namespace
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which models have never seen."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
