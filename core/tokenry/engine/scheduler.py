@@ -240,7 +240,8 @@ class Scheduler:
         """Append the row's tokens until one ends the request; enter its full blocks in the prefix
         cache.
         """
-        done = planned.row.num_computed + planned.row.num_new
+        share = planned.row
+        done = share.num_computed + share.num_new
         lives = planned.epoch == request.epoch and request.status is Status.RUNNING
         if lives:
             request.num_done = max(request.num_done, done)
@@ -256,7 +257,7 @@ class Scheduler:
         if row.mu is not None:
             request.mu = row.mu
         self.counters.generation_tokens += taken.count
-        if finish is None and not planned.row.sample and done >= request.max_len:
+        if finish is None and not share.sample and done >= request.max_len:
             # nothing was to be drawn (max_tokens 0, or a vector is all that is wanted)
             finish = "length" if request.pooling is None else "stop"
         if lives:

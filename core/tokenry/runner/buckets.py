@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from tokenry.backend.contract import Bucket, Caps, Phase
 from tokenry.errors import UncoveredShape
 from tokenry.runner.axes import AxisRule, Strategy
@@ -37,8 +39,7 @@ class BucketSettings:
     block_price: float = BLOCK_PRICE
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(msgspec.Struct, frozen=True):
     """What a launch needs at least; q is the longest row, kv_widest and kv_total count blocks."""
 
     phase: Phase

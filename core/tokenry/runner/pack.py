@@ -11,9 +11,9 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,8 +32,7 @@ FIELDS = (
 _in_order = operator.attrgetter(*FIELDS)
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(msgspec.Struct, frozen=True):
     """A launch, ready to copy.
 
     host        its arrays.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -36,16 +37,14 @@ Lesson = tuple[RequestState, tuple[int, ...], float | None]
 """Whose, the tokens that it now knows, and mirostat's bound after them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The result, and what the runner's request states learn from it."""
 
     result: StepResult
     lessons: list[Lesson]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
+class _Rows(msgspec.Struct, frozen=True, kw_only=True):
     """A launch's sampled rows: (row of the plan, row of the tensor)."""
 
     pairs: list[tuple[int, int]]
@@ -175,13 +174,13 @@ class PartialStep:
         errors, states = self._errors, self._states
         results: list[RowResult] = []
         lessons: list[Lesson] = []
+        token_ids: tuple[int, ...]
         for i, row in enumerate(self._plan.rows):
             request_id = row.request_id
             if request_id in errors:
                 results.append(_failed(request_id, errors[request_id]))
                 continue
-            token_ids: tuple[int, ...] = ()
-            mu = None
+            token_ids, mu = (), None
             if i in token_of:
                 token_ids, mu = (token_of[i],), mu_of.get(i)
                 lessons.append((states[i], token_ids, mu))
@@ -189,8 +188,8 @@ class PartialStep:
                 RowResult(
                     request_id=request_id,
                     token_ids=token_ids,
-                    logprobs=tuple(logprobs[i]) if i in logprobs else (),
-                    prompt_logprobs=tuple(prompt_logprobs[i]) if i in prompt_logprobs else (),
+                    logprobs=tuple(logprobs.get(i, ())),
+                    prompt_logprobs=tuple(prompt_logprobs.get(i, ())),
                     mu=mu,
                 )
             )

@@ -11,8 +11,8 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,8 +44,7 @@ request's own rules are all -inf, or NaN.
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     """Device tensors of a launch: token_ids [R] int32; broken [R] uint8, not 0 where the token
     means nothing (LOGITS_BROKEN, NOTHING_LEFT).
 

@@ -41,8 +41,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     scored: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """Rows that one program computes together."""
 
     phase: Phase
@@ -83,7 +82,8 @@ def split(shares: Sequence[Share], caps: Caps, extent: Extent) -> Iterator[Launc
                 phase: Phase = "mixed" if caps.phases.mixed else "prefill"
                 yield Launch(phase=phase, shares=(part,), scored=True)
     if caps.phases.mixed:
-        pure = not caps.shapes.static and all(_decodes(s, caps) for s in plain)
+        most_q = caps.phases.max_decode_q
+        pure = not caps.shapes.static and all(s.start > 0 and s.count <= most_q for s in plain)
         for rows in _grouped(plain, caps, extent, len(plain)):
             yield Launch(phase="decode" if pure else "mixed", shares=tuple(rows))
         return
@@ -121,6 +121,9 @@ def _grouped(
     the longest, and within the blocks that a device with a count over the batch has.
     """
     size = extent.block_size if caps.shapes.static and caps.shapes.kv_axis == "total" else None
+    if size is None and padded_tokens is None and 0 < len(shares) <= most:
+        yield list(shares)
+        return
     together: list[Share] = []
     longest = blocks = 0
     for share in shares:
