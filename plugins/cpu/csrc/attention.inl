@@ -249,17 +249,24 @@ INLINE void value_pairs(const X* p, bf16* const* blocks, int64_t size, int64_t h
     for (int v = 0; v < NV; v++) store(out + m * head_dim + v * LANES, acc[m][v]);
 }
 
-// Blocks that are asked for while another is widened.
-constexpr int64_t kBlocksAhead = 2;
+// So many blocks before a block is read, memory is asked for it: blocks lie anywhere.
+constexpr int64_t kBlocksAhead = 4;
 
-// The blocks of one chunk of keys and of up to kBlocksAhead that follow, and where they were int8 the
-// scales of its keys and then of its values, kKeys each.
+// The blocks of one chunk of keys and of up to kBlocksAhead that are read next, and where they were
+// int8 the scales of its keys and then of its values, kKeys each.
 template <class T>
 struct Chunk {
   T *keys[kKeys / 16 + kBlocksAhead], *values[kKeys / 16 + kBlocksAhead];
   const float* scales;
   int64_t start, found;
+  bool asks;  // for lines: where few rows are few products
 };
+
+template <class T>
+INLINE void ask_for(const T* block, int64_t bytes) {
+  const char* line = reinterpret_cast<const char*>(block);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+}
 
 // rows[m][0, count) *= scales, for M rows of kKeys.
 template <int M>
@@ -280,7 +287,13 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, const C
   alignas(64) float p[M * kKeys];
   const int64_t size = a.block_size;
   const Block<T> at(a);
+  const int64_t block_bytes = size * a.head_dim * int64_t(sizeof(T));
   for (int64_t t = 0; t < count; t += kPanel) {
+    if (chunk.asks)
+      for (int64_t b = (t + size - 1) / size; b * size < least_of(t + kPanel, count); b++) {
+        ask_for(values[b], block_bytes);
+        if (b + kBlocksAhead < chunk.found) ask_for(keys[b + kBlocksAhead], block_bytes);
+      }
     const T* first = keys[t / size] + at.in_keys(t % size, 0);
     const int64_t u = t + 16 < count ? t + 16 : t;  // past the end: any keys, masked below
     const T* second = keys[u / size] + at.in_keys(u % size, 0);
@@ -430,15 +443,20 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
   return {rows, tile, width, cached, count, last, q, q + rows * width, wide};
 }
 
-// Finds the blocks of a chunk; from its start on there are `count` keys.
+// Finds the blocks of a chunk and those that are read next: the request has `count` keys from the
+// chunk's start on, then the next head's turn comes from block `again` on.
 template <class T>
-INLINE void find_chunk(const Attention& a, const Block<T>& blocks, const int32_t* table,
-                       int64_t head, int64_t count, Chunk<T>& chunk) {
-  const int64_t first = chunk.start / a.block_size;
-  chunk.found = (least_of(count, kKeys + kBlocksAhead * a.block_size) + a.block_size - 1) / a.block_size;
+INLINE void find_chunk(const Attention& a, const int32_t* table, int64_t head, int64_t count,
+                       int64_t again, Chunk<T>& chunk) {
+  const Block<T> blocks(a);
+  const int64_t first = chunk.start / a.block_size, size = a.block_size;
+  const int64_t here = (count + size - 1) / size, most = kKeys / size + kBlocksAhead;
+  const int64_t later = head + 1 < a.kv_heads ? least_of(kBlocksAhead, first + here - again) : 0;
+  chunk.found = least_of(here + later, most);
   for (int64_t b = 0; b < chunk.found; b++) {
-    chunk.keys[b] = blocks.keys(table[first + b], head);
-    chunk.values[b] = blocks.values(table[first + b], head);
+    const int64_t block = table[b < here ? first + b : again + b - here];
+    chunk.keys[b] = blocks.keys(block, head + (b >= here));
+    chunk.values[b] = blocks.values(block, head + (b >= here));
   }
 }
 
@@ -475,21 +493,22 @@ void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t he
   float *out = state, *most = out + rows * D, *total = most + rows;
   for (int64_t i = 0; i < rows * D; i++) out[i] = 0.0f;
   for (int64_t r = 0; r < rows; r++) most[r] = -INFINITY, total[r] = 0.0f;
-  const Block<T> blocks(a);
   const int32_t* table = a.block_table + request * a.table_width;
   const int64_t seen = a.window ? most_of(0, at.cached - a.window + 1) : 0;
   const int64_t end = least_of(at.cached + at.count, (piece + 1) * kPiece);
-  for (int64_t start = most_of(seen / kKeys * kKeys, piece * kPiece); start < end; start += kKeys) {
+  const int64_t begin = most_of(seen / kKeys * kKeys, piece * kPiece);
+  for (int64_t start = begin; start < end; start += kKeys) {
     const int64_t keys_here = least_of(kKeys, end - start);
     Chunk<W> chunk;
     chunk.scales = nullptr, chunk.start = start;
+    chunk.asks = sizeof(T) > 1 && rows <= at.tile;
     if constexpr (sizeof(T) == 1) {
       Chunk<T> bytes;
       bytes.start = start;
-      find_chunk(a, blocks, table, head, at.cached + at.count - start, bytes);
+      find_chunk(a, table, head, at.cached + at.count - start, begin / a.block_size, bytes);
       widen_chunk(a, bytes, keys_here, at.wide, chunk);
     } else {
-      find_chunk(a, blocks, table, head, keys_here, chunk);
+      find_chunk(a, table, head, at.cached + at.count - start, begin / a.block_size, chunk);
     }
     for (int64_t r = 0; r < rows; r += at.tile) {
       const int64_t here = least_of(at.tile, rows - r);
