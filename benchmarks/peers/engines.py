@@ -40,14 +40,15 @@ class Tokenry:
         from tokenry import LLM, SamplingParams
 
         quantized = {"quantization": precision} if precision.startswith("int") else {}
-        # with quantised weights the KV has 16 bits, as llama.cpp's has (OpenVINO's has 8)
+        # with quantised weights the KV has 8 bits, as OpenVINO's has (llama.cpp's has 16)
+        kv = ["kv=int8"] if quantized else []
         dtype = "float32" if precision == "fp32" else "bfloat16"
         self._params = SamplingParams
         self._llm = LLM(
             str(model),
             backend="cpu",
             dtype=dtype,
-            backend_option=[f"threads={threads}"],
+            backend_option=[f"threads={threads}", *kv],
             max_model_len=CONTEXT,
             max_num_seqs=SEQUENCES,
             progress=False,
