@@ -33,6 +33,7 @@ NOTHING_TO_DRAW = (
 )
 
 
+Told = tuple[TokenLogprobs, ...]
 Lesson = tuple[RequestState, tuple[int, ...], float | None]
 """Whose, the tokens that it now knows, and mirostat's bound after them."""
 
@@ -188,8 +189,8 @@ class PartialStep:
                 RowResult(
                     request_id=request_id,
                     token_ids=token_ids,
-                    logprobs=tuple(logprobs.get(i, ())),
-                    prompt_logprobs=tuple(prompt_logprobs.get(i, ())),
+                    logprobs=logprobs.get(i, ()),
+                    prompt_logprobs=prompt_logprobs.get(i, ()),
                     mu=mu,
                 )
             )
@@ -214,7 +215,8 @@ class PartialStep:
 
     def _finish_scores(
         self, arrays: Sequence[NDArray[Any]], token_of: dict[int, int]
-    ) -> tuple[dict[int, list[TokenLogprobs]], dict[int, list[TokenLogprobs]]]:
+    ) -> tuple[dict[int, Told], dict[int, Told]]:
+        """By plan row: of the drawn tokens, of the prompt's."""
         drawn: dict[int, list[TokenLogprobs]] = {}
         prompt: dict[int, list[TokenLogprobs]] = {}
         for scored in self._scored:
@@ -232,7 +234,8 @@ class PartialStep:
                         rank=int(rank[i]),
                     )
                 )
-        return drawn, prompt
+        of_drawn, of_prompt = ({i: tuple(x) for i, x in some.items()} for some in (drawn, prompt))
+        return of_drawn, of_prompt
 
 
 def _failed(request_id: str, error: str | Refusal) -> RowResult:

@@ -34,6 +34,8 @@ from tokenry.runner.sampling.rules import Ruled, apply_rules, has_rules
 from tokenry.runner.sampling.shapes import to_power_of_two
 from tokenry.runner.sampling.upload import upload
 
+NEUTRAL = (0.0, 1.0, 0.0, 0.0)
+"""Temperature, top_p, min_p and top_k of a row that draws nothing."""
 ROWS_AT_ONCE = 16
 """Most rows that are narrowed at once: so much memory it may take, and so few shapes it has."""
 Checked = Callable[[Tensor, SampleInputs], tuple[Tensor, Tensor]]
@@ -127,25 +129,20 @@ class Sampler:
         greedy = [d is None or d.params.greedy or i in marked for i, d in enumerate(draws)]
         if all(greedy):
             return self._all_greedy(len(draws))
+        rows: list[int] = []
+        settings = [NEUTRAL] * len(draws)
+        for i, d in enumerate(draws):
+            if d is not None:
+                rows.append(i)
+                p, heat = d.params, 0.0 if greedy[i] else d.params.temperature
+                own = d.plain or not narrows(p)
+                settings[i] = (heat, p.top_p, p.min_p, max(0, p.top_k)) if own else (heat, 1, 0, 0)
+        columns = np.array(settings).T
+        floats = np.zeros((4, len(draws)), np.float32)
+        floats[:3] = columns[:3]
         live = [d for d in draws if d is not None]
-        filtered = [(d, narrows(d.params)) for d in live]
-        any_filter = any(
-            d.params.top_k > 0 or d.params.top_p < 1 or d.params.min_p > 0
-            for d, done in filtered
-            if not done
-        )
-        n = len(draws)
-        floats = np.zeros((4, n), np.float32)
-        floats[1] = 1.0
-        top_k = np.zeros(n, np.int32)
-        rows = [i for i, d in enumerate(draws) if d is not None]
-        floats[0, rows] = [
-            0.0 if greedy[i] else d.params.temperature for i, d in zip(rows, live, strict=True)
-        ]
-        floats[1, rows] = [1.0 if done else d.params.top_p for d, done in filtered]
-        floats[2, rows] = [0.0 if done else d.params.min_p for d, done in filtered]
         floats[3, rows] = uniforms([d.seed for d in live], [d.position for d in live])
-        top_k[rows] = [0 if done else max(0, d.params.top_k) for d, done in filtered]
+        top_k = columns[3].astype(np.int32)
         packed = torch.from_numpy(floats).to(self._device, non_blocking=True)
         return SampleInputs(
             temperature=packed[0],
@@ -154,7 +151,7 @@ class Sampler:
             uniform=packed[3],
             top_k=torch.from_numpy(top_k).to(self._device, non_blocking=True),
             all_greedy=False,
-            any_filter=any_filter,
+            any_filter=any(p < 1 or m > 0 or k > 0 for _, p, m, k in settings),
         )
 
     def _all_greedy(self, rows: int) -> SampleInputs:
