@@ -62,7 +62,9 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sampler:
-    """Owned by ModelRunner. Keeps no state of requests: their logits processors come with them."""
+    """Owned by ModelRunner. Keeps no state of requests: their logits processors come with them.
+    What the last step's rows asked of the op is on the device still, for rows that ask the same.
+    """
 
     def __init__(
         self,
@@ -77,6 +79,8 @@ class Sampler:
         self._eos = tuple(eos_token_ids)
         self._factories = processors
         self._greedy: dict[int, SampleInputs] = {}
+        self._settings: list[tuple[float, float, float, float]] = []
+        self._columns: Sequence[Tensor] = ()
         self._checked: Checked = getattr(op, "checked", self._check)
 
     def __call__(self, logits: Tensor, draws: Sequence[Draw | None]) -> Sampled:
@@ -137,19 +141,18 @@ class Sampler:
                 p, heat = d.params, 0.0 if greedy[i] else d.params.temperature
                 own = d.plain or not narrows(p)
                 settings[i] = (heat, p.top_p, p.min_p, max(0, p.top_k)) if own else (heat, 1, 0, 0)
-        columns = np.array(settings).T
-        floats = np.zeros((4, len(draws)), np.float32)
-        floats[:3] = columns[:3]
+        if settings != self._settings:
+            self._settings, self._columns = settings, _columns(settings, self._device)
+        numbers = np.zeros(len(draws), np.float32)
         live = [d for d in draws if d is not None]
-        floats[3, rows] = uniforms([d.seed for d in live], [d.position for d in live])
-        top_k = columns[3].astype(np.int32)
-        packed = torch.from_numpy(floats).to(self._device, non_blocking=True)
+        numbers[rows] = uniforms([d.seed for d in live], [d.position for d in live])
+        temperature, top_p, min_p, top_k = self._columns
         return SampleInputs(
-            temperature=packed[0],
-            top_p=packed[1],
-            min_p=packed[2],
-            uniform=packed[3],
-            top_k=torch.from_numpy(top_k).to(self._device, non_blocking=True),
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            uniform=upload(numbers, self._device),
+            top_k=top_k,
             all_greedy=False,
             any_filter=any(p < 1 or m > 0 or k > 0 for _, p, m, k in settings),
         )
@@ -185,6 +188,15 @@ class Sampler:
     def make_processor(self, params: SamplingParams) -> LogitsProcessor:
         """The request's own processor, so that it may keep a state. Raises RequestError."""
         return make_processor(self._factories, params)
+
+
+def _columns(
+    settings: Sequence[tuple[float, float, float, float]], device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Temperature, top_p and min_p [n] float32, top_k [n] int32 on the device."""
+    columns = np.array(settings, np.float64).T
+    temperature, top_p, min_p = upload(np.ascontiguousarray(columns[:3], np.float32), device)
+    return temperature, top_p, min_p, upload(columns[3].astype(np.int32), device)
 
 
 def _not_finite(logits: Tensor, flag: int) -> Tensor:

@@ -41,6 +41,5 @@ class Draw(msgspec.Struct, frozen=True, kw_only=True):
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
     """[n] float32 in [0, 1), a function of (seed, position): two rounds of SplitMix64."""
     state = np.array([s & (2**64 - 1) for s in seeds], np.uint64)
-    with np.errstate(over="ignore"):
-        mixed = mix(mix(state) + np.array(positions, np.uint64))
+    mixed = mix(mix(state) + np.array(positions, np.uint64))
     return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
