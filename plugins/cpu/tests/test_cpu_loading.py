@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from tokenry import LLM, SamplingParams
 from tokenry.hub import find_model
-from tokenry_cpu import loading, native, native_ops
+from tokenry_cpu import backend, loading, native, native_ops
 from tokenry_cpu.loading import let_go, mapping_of
 from tokenry_cpu.memory import _status
+from tokenry_cpu.rehearsal import Rehearsal
 
 MAKE = Path(__file__).parents[3] / "benchmarks/make_model.py"
 MEASURE = """
@@ -199,3 +200,32 @@ def test_weights_that_are_not_widened_on_their_way_give_the_same_bits(
     assert wide <= 1 and packed.count(stored) == len(packed) - wide > 4
     monkeypatch.setattr(native_ops.Linear, "takes_narrow", False)
     assert got == answer()
+
+
+def test_a_small_model_is_loaded_and_planned_with_one_of_torchs_threads(monkeypatch):
+    seen: list[tuple[str, int]] = []
+
+    def noting(owner, name):
+        whole = getattr(owner, name)
+
+        def noted(*args, **more):
+            seen.append((name, torch.get_num_threads()))
+            return whole(*args, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    before = torch.get_num_threads()
+    noting(native_ops.Linear, "pack")
+    noting(Rehearsal, "__init__")
+    options = {"backend": "cpu", "backend_option": ["threads=2"], "max_model_len": 64}
+    try:
+        with LLM("demo", progress=False, **options):
+            assert torch.get_num_threads() == native.threads() == 2
+        assert {*seen} == {("pack", 1), ("__init__", 1)}
+        seen.clear()
+        monkeypatch.setattr(backend, "SMALL_BYTES", 2**20)
+        with LLM("demo", progress=False, **options):
+            assert {*seen} == {("pack", 2), ("__init__", 2)}
+    finally:
+        torch.set_num_threads(before)
+        native.set_threads(before)

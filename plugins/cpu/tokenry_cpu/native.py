@@ -50,6 +50,7 @@ class Listener(Protocol):
 
 
 _listener: Listener | None = None
+_threads = 1
 
 
 def kv_shape(
@@ -159,7 +160,14 @@ def bf16_dots() -> bool:
 
 def set_threads(count: int) -> None:
     """Threads of one kernel, the caller's among them."""
+    global _threads  # noqa: PLW0603 - the library's own setting, which it does not tell
+    _threads = count
     library().tk_threads(count)
+
+
+def threads() -> int:
+    """As they were set."""
+    return _threads
 
 
 def narrowest(weight: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Rehearsal:
         """The instruction, with few outputs for each thread where it is a linear."""
         cheap = Instruction.from_buffer_copy(instruction)
         if weight is not None:
-            outputs = min(weight.out_features, PANEL * torch.get_num_threads())
+            outputs = min(weight.out_features, PANEL * native.threads())
             dtype = getattr(torch, weight.format.removesuffix("_dots"), torch.float32)
             wide = torch.float32 if weight.format in {"int8", "int4"} else dtype
             zeros = torch.zeros((outputs, weight.in_features), dtype=wide)
