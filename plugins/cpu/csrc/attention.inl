@@ -474,7 +474,9 @@ inline void widen_chunk(const Attention& a, const Chunk<int8_t>& from, int64_t c
         __builtin_prefetch(blocks[later] + i);
         widen_panel(blocks[b] + i, wide + i);
       }
-      memcpy(scales + v * kKeys + b * size, scales_of(a, blocks[b]), size * sizeof(float));
+      const float* of = scales_of(a, blocks[b]);
+      for (int64_t i = 0; i < size; i += LANES)
+        store(scales + v * kKeys + b * size + i, load(of + i));
       (v ? to.values : to.keys)[b] = wide;
       wide += all;
     }
