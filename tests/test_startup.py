@@ -124,3 +124,11 @@ def test_the_collector_runs_again_after_it_was_paused():
         assert not gc.isenabled(), "it was off before"
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_public_name_leaves_the_collector_as_it_was(on):
+    code = f"import gc; {'' if on else 'gc.disable()'}\nimport tokenry; tokenry.SamplingParams\n"
+    code += "try: tokenry.Nothing\nexcept AttributeError: print(gc.isenabled())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{on}\n"

@@ -4,6 +4,7 @@ first used.
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -49,5 +50,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        collecting = gc.isenabled()
+        gc.disable()  # all that modules make stays: looking through it is a tenth of the import
+        try:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        finally:
+            if collecting:
+                gc.enable()
     raise AttributeError(f"module 'tokenry' has no attribute {name!r}")
