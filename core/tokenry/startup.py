@@ -9,15 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
-import importlib.util
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from tokenry.messages import Progress, Ready
@@ -41,29 +36,6 @@ def collector_paused() -> Iterator[None]:
                 gc.freeze()  # what is there counts as old, and is not
                 gc.unfreeze()  # looked through as if it were new
             gc.enable()
-
-
-def link_torch_ahead() -> threading.Thread | None:
-    """Begin to load the library that is a fifth of `import torch`, while Python does other things.
-
-    The dynamic linker needs no interpreter, but an import holds it back all the while. None where
-    there is nothing to do: torch is imported already, not installed, or has no such library. A
-    library that cannot be loaded is no error here: `import torch` will say what is wrong with it.
-    """
-    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
-    for place in (spec and spec.submodule_search_locations) or ():
-        library = Path(place) / "lib" / "libtorch_cpu.so"
-        if library.is_file():
-            thread = threading.Thread(target=_link, args=(library,), name="tokenry-link")
-            thread.start()
-            return thread
-    return None
-
-
-def _link(library: Path) -> None:
-    dlopen = ctypes.CDLL(None).dlopen  # called as a C function, it lets Python run meanwhile
-    dlopen.restype, dlopen.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_int)
-    dlopen(os.fsencode(library), os.RTLD_NOW | os.RTLD_LOCAL)
 
 
 def describe(ready: Ready) -> list[str]:

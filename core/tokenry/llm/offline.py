@@ -32,7 +32,7 @@ from tokenry.pooling import (
     PoolingParams,
     ScoringOutput,
 )
-from tokenry.startup import StartLog, collector_paused, describe, link_torch_ahead
+from tokenry.startup import StartLog, collector_paused, describe
 from tokenry.text.outputs import OutputProcessor, Update
 from tokenry.text.pooling import PooledInput
 from tokenry.text.tokenizer import Tokenizer
@@ -72,13 +72,12 @@ class LLM:
         log = StartLog(shown=progress)
         directory = find_model(self.config.model, self.config.revision)
         source = directory if self.config.tokenizer is None else find_model(self.config.tokenizer)
-        link_torch_ahead()
         with collector_paused():
+            from tokenry.assemble import assemble
+
             self._tokenizer = Tokenizer.load(
                 source, model_path=directory, chat_template_file=chat_template
             )
-            from tokenry.assemble import assemble
-
             resolved = dataclasses.replace(self.config, model=str(directory))
             self._assembled: Assembled | None = assemble(
                 resolved, log, logits_processors=logits_processors
