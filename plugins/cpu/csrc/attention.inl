@@ -5,269 +5,6 @@
 // for any chunk, tile, batch and number of threads.
 namespace tokenry::NS {
 
-INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t even_up(int64_t n) { return n + n % 2; }
-
-// bf16 lies in pairs, as one instruction multiplies them: neighbouring values of a key, neighbouring
-// keys' values. int8 lies alike and is worked on as bf16, which has room for each of its values.
-template <class T>
-constexpr bool kPaired = false;
-template <>
-inline constexpr bool kPaired<bf16> = true;
-template <>
-inline constexpr bool kPaired<int8_t> = true;
-
-template <class T>
-struct Worked {
-  using type = T;
-};
-template <>
-struct Worked<int8_t> {
-  using type = bf16;
-};
-
-template <class T>
-struct Block {
-  T* base;
-  int64_t size, head_dim, half, kv_heads;  // half: of a head's share of a block
-  Block(const Attention& a)
-      : base(static_cast<T*>(a.kv)),
-        size(a.block_size),
-        head_dim(a.head_dim),
-        half(size * ((kPaired<T> ? even_up(head_dim) : head_dim) +
-                     (sizeof(T) == 1 ? int64_t(sizeof(float)) : 0))),
-        kv_heads(a.kv_heads) {}
-  T* keys(int64_t block, int64_t head) const { return base + (block * kv_heads + head) * 2 * half; }
-  T* values(int64_t block, int64_t head) const { return keys(block, head) + half; }
-  // Where value d of key i is, and of the value that belongs to it.
-  int64_t in_keys(int64_t i, int64_t d) const {
-    return kPaired<T> ? (d / 2 * size + i) * 2 + d % 2 : d * size + i;
-  }
-  int64_t in_values(int64_t i, int64_t d) const {
-    return kPaired<T> ? (i / 2 * head_dim + d) * 2 + i % 2 : i * head_dim + d;
-  }
-};
-
-// The int8 format's scales, after the keys or the values of a block.
-INLINE float* scales_of(const Attention& a, int8_t* keys_or_values) {
-  return reinterpret_cast<float*>(keys_or_values + a.block_size * even_up(a.head_dim));
-}
-
-// x[0, n) as whole numbers of [-127, 127] times the scale that is returned; zeros follow them in
-// the last panel. A NaN or infinity makes the scale NaN.
-inline float quantise_row(const float* x, int64_t n, int8_t* out) {
-  alignas(64) float last[LANES] = {};
-  const int64_t whole = n / LANES * LANES;
-  for (int64_t d = whole; d < n; d++) last[d - whole] = x[d];
-  const auto at = [&](int64_t d) { return load(d < whole ? x + d : last); };
-  vf top{}, check{};
-  for (int64_t d = 0; d < n; d += LANES) {
-    const vf v = at(d);
-    top = max(v < 0.0f ? -v : v, top);
-    check += v * 0.0f;
-  }
-  const float most = sum(check) != 0.0f ? NAN : largest(top);
-  const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  for (int64_t d = 0; d < n; d += LANES) {
-    vf v = inverse > 0 ? (at(d) * inverse + 12582912.0f) - 12582912.0f : vf{};
-    store(out + d, max(min(v, splat(127.0f)), splat(-127.0f)));
-  }
-  return most / 127.0f;
-}
-
-// Tokens of a pair may be written by two threads: each its own places.
-template <class T>
-void write_paired(const Attention& a, int64_t token, int64_t head) {
-  const Block<T> at(a);
-  const int64_t slot = a.slots[token], block = slot / a.block_size, i = slot % a.block_size;
-  T* line = static_cast<T*>(scratch((a.head_dim + kPanel) * 2));
-  const auto rounded = [&](const float* x, T* block_of_it) {
-    if constexpr (sizeof(T) == 1)
-      scales_of(a, block_of_it)[i] = quantise_row(x, a.head_dim, line);
-    else
-      narrow_row(x, a.head_dim, line);
-  };
-  T *keys = at.keys(block, head), *values = at.values(block, head);
-  rounded(a.k + token * a.k_stride + head * a.head_dim, keys);
-  for (int64_t d = 0; d < a.head_dim; d += 2)
-    memcpy(keys + at.in_keys(i, d), line + d, 2 * sizeof(T));
-  rounded(a.v + token * a.v_stride + head * a.head_dim, values);
-  values += at.in_values(i, 0);
-  for (int64_t d = 0; d < a.head_dim; d++) values[2 * d] = line[d];
-}
-
-template <class T>
-void write_as(const Attention& a, int64_t token, int64_t head) {
-  const Block<T> at(a);
-  const int64_t slot = a.slots[token], block = slot / a.block_size, i = slot % a.block_size;
-  T *keys = at.keys(block, head) + i, *values = at.values(block, head) + i * a.head_dim;
-  const float* k = a.k + token * a.k_stride + head * a.head_dim;
-  const float* v = a.v + token * a.v_stride + head * a.head_dim;
-  for (int64_t d = 0; d < a.head_dim; d++)
-    keys[d * a.block_size] = narrow(k[d], static_cast<T*>(nullptr));
-  for (int64_t d = 0; d < a.head_dim; d++) values[d] = narrow(v[d], static_cast<T*>(nullptr));
-}
-
-inline void write_kv(const Attention& a, int64_t token, int64_t head) {
-  if (a.format == kF32) return write_as<float>(a, token, head);
-  if (a.format == kBF16) return write_paired<bf16>(a, token, head);
-  if (a.format == kInt8) return write_paired<int8_t>(a, token, head);
-  write_as<f16>(a, token, head);
-}
-
-// scores[m][0, 32) = q(m) . key, for two times 16 neighbouring keys: `first` and `second` point to
-// them in rows of `size` keys; q is [head_dim][M].
-template <int M, class T>
-INLINE void score_tile(const float* q, const T* first, const T* second, int64_t size,
-                       int64_t head_dim, float* scores) {
-  constexpr int HALF = NV / 2;
-  vf acc[M][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[m][v] = vf{};
-  for (int64_t d = 0; d < head_dim; d++) {
-    vf row[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < HALF; v++) {
-      row[v] = load(first + d * size + v * LANES);
-      row[HALF + v] = load(second + d * size + v * LANES);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[m][v] += q[d * M + m] * row[v];
-  }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < NV; v++) store(scores + m * kKeys + v * LANES, acc[m][v]);
-}
-
-// out[m][0, 32) += sum over keys t < count of p[m][t] * value(t)
-template <int M, class T>
-INLINE void value_tile(const float* p, T* const* blocks, int64_t size, int64_t head_dim,
-                       int64_t count, float* out) {
-  vf acc[M][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[m][v] = load(out + m * head_dim + v * LANES);
-  for (int64_t start = 0; start < count; start += size) {
-    const T* value = *blocks++;
-    const int64_t end = start + size < count ? start + size : count;
-    for (int64_t t = start; t < end; t++, value += head_dim) {
-      vf row[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) row[v] = load(value + v * LANES);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) acc[m][v] += p[m * kKeys + t] * row[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) store(out + m * head_dim + v * LANES, acc[m][v]);
-}
-
-INLINE vu load_pairs(const bf16* p) { return *reinterpret_cast<const vu_any*>(p); }
-
-// acc[m] += row's pairs times the two of row m, at x + m * step: bf16 pairs where one instruction
-// multiplies those, else floats.
-template <int M, class X>
-INLINE void add_pairs(const X* x, int64_t step, int64_t second, const vu (&row)[NV],
-                      vf (&acc)[M][NV]) {
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++) {
-    if constexpr (sizeof(X) == 2) {
-      uint32_t two;
-      memcpy(&two, x + m * step, 4);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[m][v] = dot2(acc[m][v], row[v], two);
-    } else {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[m][v] += x[m * step] * even(row[v]);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[m][v] += x[m * step + second] * odd(row[v]);
-    }
-  }
-}
-
-// As score_tile; q is [head_dim / 2][M] pairs, or floats [head_dim][M], with a zero behind an odd
-// head_dim.
-template <int M, class X>
-INLINE void score_pairs(const X* q, const bf16* first, const bf16* second, int64_t size,
-                        int64_t head_dim, float* scores) {
-  constexpr int HALF = NV / 2;
-  vf acc[M][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[m][v] = vf{};
-  for (int64_t d = 0; d < head_dim; d += 2) {
-    vu row[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < HALF; v++) {
-      row[v] = load_pairs(first + d * size + 2 * v * LANES);
-      row[HALF + v] = load_pairs(second + d * size + 2 * v * LANES);
-    }
-    add_pairs<M>(q + d * M, sizeof(X) == 2 ? 2 : 1, M, row, acc);
-  }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < NV; v++) store(scores + m * kKeys + v * LANES, acc[m][v]);
-}
-
-// As value_tile; p is [M][kKeys] of bf16 or floats, 0 after the last key.
-template <int M, class X>
-INLINE void value_pairs(const X* p, bf16* const* blocks, int64_t size, int64_t head_dim,
-                        int64_t count, float* out) {
-  vf acc[M][NV];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) acc[m][v] = load(out + m * head_dim + v * LANES);
-  for (int64_t start = 0; start < count; start += size) {
-    const bf16* value = *blocks++;
-    const int64_t end = start + size < count ? start + size : count;
-    vu row[NV];
-    int64_t t = start;
-    for (; t + 1 < end; t += 2, value += 2 * head_dim) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) row[v] = load_pairs(value + 2 * v * LANES);
-      add_pairs<M>(p + t, kKeys, 1, row, acc);
-    }
-    if (t < end) {  // beside the last there may be anything
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) row[v] = load_pairs(value + 2 * v * LANES) & 0xffffu;
-      add_pairs<M>(p + t, kKeys, 1, row, acc);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) store(out + m * head_dim + v * LANES, acc[m][v]);
-}
-
-// So many blocks before a block is read, memory is asked for it: blocks lie anywhere.
-constexpr int64_t kBlocksAhead = 4;
-
-// The blocks of one chunk of keys and of up to kBlocksAhead that are read next, and where they were
-// int8 the scales of its keys and then of its values, kKeys each.
-template <class T>
-struct Chunk {
-  T *keys[kKeys / 16 + kBlocksAhead], *values[kKeys / 16 + kBlocksAhead];
-  const float* scales;
-  int64_t start, found;
-  bool asks;  // for lines: where few rows are few products
-};
-
-template <class T>
-INLINE void ask_for(const T* block, int64_t bytes) {
-  const char* line = reinterpret_cast<const char*>(block);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
-}
-
 // rows[m][0, count) *= scales, for M rows of kKeys.
 template <int M>
 INLINE void scale_rows(float* rows, const float* scales, int64_t count) {
@@ -288,24 +25,24 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, const C
   const int64_t size = a.block_size;
   const Block<T> at(a);
   const int64_t block_bytes = size * a.head_dim * int64_t(sizeof(T));
-  for (int64_t t = 0; t < count; t += kPanel) {
-    if (chunk.asks)
-      for (int64_t b = (t + size - 1) / size; b * size < least_of(t + kPanel, count); b++) {
-        ask_for(values[b], block_bytes);
-        if (b + kBlocksAhead < chunk.found) ask_for(keys[b + kBlocksAhead], block_bytes);
-      }
-    const T* first = keys[t / size] + at.in_keys(t % size, 0);
-    const int64_t u = t + 16 < count ? t + 16 : t;  // past the end: any keys, masked below
-    const T* second = keys[u / size] + at.in_keys(u % size, 0);
-    if constexpr (kPaired<T> && kDots)
-      score_pairs<M>(reinterpret_cast<const bf16*>(q), first, second, size, a.head_dim, p + t);
-    else if constexpr (kPaired<T>)
-      score_pairs<M>(q, first, second, size, a.head_dim, p + t);
-    else
-      score_tile<M>(q, first, second, size, a.head_dim, p + t);
+  // Weights with a scale are rounded to bf16 first, and what they add up to is told of the rounded
+  // ones: of equal weights the mean is exact.
+  const bool scaled = kPaired<T> && chunk.scales, rounds = scaled && kDots;
+  const float *weighs = chunk.scales + kKeys, *inverses = weighs + kKeys;
+  if (chunk.asks)
+    for (int64_t b = 0; b * size < count; b++) {
+      ask_for(values[b], block_bytes);
+      if (b + kBlocksAhead < chunk.found) ask_for(keys[b + kBlocksAhead], block_bytes);
+    }
+  const T* parts[kKeys / 16];  // past the end: any keys, masked below
+  for (int64_t i = 0; i < kKeys / 16; i++) {
+    const int64_t t = i * 16 < count ? i * 16 : 0;
+    parts[i] = keys[t / size] + at.in_keys(t % size, 0);
   }
+  using Q = typename Factor<T>::type;
+  score_panels<M, kAtOnce<M, T>>(reinterpret_cast<const Q*>(q), parts, size, a.head_dim, count, p);
   const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
-  if (kPaired<T> && chunk.scales) scale_rows<M>(p, chunk.scales, padded);
+  if (scaled) scale_rows<M>(p, chunk.scales, padded);
   // first the maxima of all rows, then what needs them: the rows' reductions overlap
   static_assert(M <= LANES, "a lane for each row");
   alignas(64) float before[LANES] = {}, now[LANES] = {};
@@ -344,36 +81,32 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, const C
     vf here[NV] = {};
     for (int64_t t = 0; t < padded; t += kPanel)
       for (int v = 0; v < NV; v++) {
-        const vf e = exp(load(row + t + v * LANES) - now[m]);
-        store(row + t + v * LANES, e);
+        vf e = exp(load(row + t + v * LANES) - now[m]);
+        if (rounds) {
+          const vf weight = rounded(e * load(weighs + t + v * LANES));
+          store(row + t + v * LANES, weight);
+          e = weight * load(inverses + t + v * LANES);
+        } else {
+          store(row + t + v * LANES, e);
+        }
         here[v] += e;
       }
     for (int v = 1; v < NV; v++) here[0] += here[v];
     total[m] += sum(here[0]);
   }
-  // a value's scale goes to its weight
-  if (kPaired<T> && chunk.scales) scale_rows<M>(p, chunk.scales + kKeys, padded);
-  // weights with a scale stay floats: rounded, rows of equal weights would not add up to 1
-  const bool dots = kPaired<T> && kDots && !chunk.scales;
-  alignas(64) bf16 pairs[kPaired<T> && kDots ? M * kKeys : 1];
-  if (dots) {  // up to the end of the panel: 0 after the last key
+  if (scaled && !rounds) scale_rows<M>(p, weighs, padded);
+  constexpr bool dots = kPaired<T> && kDots;
+  alignas(64) bf16 pairs[dots ? M * kKeys : 1];
+  if constexpr (dots) {  // up to the end of the panel: 0 after the last key
     for (int m = 0; m < M; m++)
       for (int64_t t = 0; t < padded; t += kPanel)
         narrow_panel(p + m * kKeys + t, pairs + m * kKeys + t);
   }
   int64_t d = 0;
-  for (; d + kPanel <= a.head_dim; d += kPanel) {
-    T* here[kKeys / 16];
-    for (int64_t b = 0; b * size < count; b++) here[b] = values[b] + at.in_values(0, d);
-    if constexpr (kPaired<T>) {
-      if (dots)
-        value_pairs<M>(pairs, here, size, a.head_dim, count, out + d);
-      else
-        value_pairs<M>(p, here, size, a.head_dim, count, out + d);
-    } else {
-      value_tile<M>(p, here, size, a.head_dim, count, out + d);
-    }
-  }
+  if constexpr (dots)
+    d = value_panels<M, kAtOnce<M, T>>(pairs, values, size, a.head_dim, count, out);
+  else
+    d = value_panels<M, kAtOnce<M, T>>(p, values, size, a.head_dim, count, out);
   for (; d < a.head_dim; d++) {
     for (int m = 0; m < M; m++) {
       float acc = out[m * a.head_dim + d];
@@ -401,12 +134,6 @@ struct Queries {
   float* free;    // what follows in the scratch
   float* wide;    // room for a chunk of int8 keys and values as bf16, and their scales; 64 bytes
 };
-
-// Floats of that room.
-constexpr int64_t kLine = 64 / sizeof(float);
-INLINE int64_t wide_size(const Attention& a) {
-  return a.format == kInt8 ? kKeys * even_up(a.head_dim) + 2 * kKeys + kLine : 0;
-}
 
 // Rows r % G of the queries first + r / G; `more` floats are left free behind them.
 inline Queries queries_of(const Attention& a, int64_t request, int64_t first, int64_t count,
@@ -441,49 +168,6 @@ inline Queries queries_of(const Attention& a, int64_t request, int64_t first, in
       interleave(staged, line, here, width, q + at * width);
   }
   return {rows, tile, width, cached, count, last, q, q + rows * width, wide};
-}
-
-// Finds the blocks of a chunk and those that are read next: the request has `count` keys from the
-// chunk's start on, then the next head's turn comes from block `again` on.
-template <class T>
-INLINE void find_chunk(const Attention& a, const int32_t* table, int64_t head, int64_t count,
-                       int64_t again, Chunk<T>& chunk) {
-  const Block<T> blocks(a);
-  const int64_t first = chunk.start / a.block_size, size = a.block_size;
-  const int64_t here = (count + size - 1) / size, most = kKeys / size + kBlocksAhead;
-  const int64_t later = head + 1 < a.kv_heads ? least_of(kBlocksAhead, first + here - again) : 0;
-  chunk.found = least_of(here + later, most);
-  for (int64_t b = 0; b < chunk.found; b++) {
-    const int64_t block = table[b < here ? first + b : again + b - here];
-    chunk.keys[b] = blocks.keys(block, head + (b >= here));
-    chunk.values[b] = blocks.values(block, head + (b >= here));
-  }
-}
-
-// The blocks of its first `count` keys widened to bf16 in `room`, their scales behind them.
-inline void widen_chunk(const Attention& a, const Chunk<int8_t>& from, int64_t count, float* room,
-                        Chunk<bf16>& to) {
-  const int64_t size = a.block_size, all = size * even_up(a.head_dim);
-  bf16* wide = reinterpret_cast<bf16*>(room);
-  float* scales = room + kKeys * even_up(a.head_dim);
-  for (int64_t b = 0; b * size < count; b++) {
-    const int64_t later = b + kBlocksAhead < from.found ? b + kBlocksAhead : b;
-    for (int v = 0; v < 2; v++) {
-      int8_t* const* blocks = v ? from.values : from.keys;
-      for (int64_t i = 0; i < all; i += kPanel) {
-        __builtin_prefetch(blocks[later] + i);
-        widen_panel(blocks[b] + i, wide + i);
-      }
-      const float* of = scales_of(a, blocks[b]);
-      for (int64_t i = 0; i < size; i += LANES)
-        store(scales + v * kKeys + b * size + i, load(of + i));
-      (v ? to.values : to.keys)[b] = wide;
-      wide += all;
-    }
-  }
-  // a weight of 0 stays 0 whatever was in memory
-  for (int64_t t = count; t < kKeys; t++) scales[t] = scales[kKeys + t] = 0.0f;
-  to.scales = scales;
 }
 
 // The keys of one piece: state = outputs [rows, D], maxima [rows], sums [rows].

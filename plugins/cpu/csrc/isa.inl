@@ -3,6 +3,8 @@
 #include "simd.h"
 // the order matters: each uses what is above it
 #include "linear.inl"
+#include "kv.inl"
+#include "attention_tiles.inl"
 #include "attention.inl"
 #include "rows.inl"
 

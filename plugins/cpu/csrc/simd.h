@@ -9,7 +9,8 @@
 #include <immintrin.h>
 #endif
 
-#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
+#define INLINE inline INLINED
 
 // The elements at these places of a and b, counted through both; `places` is a type of that many.
 #if defined(__clang__)
@@ -238,6 +239,17 @@ INLINE void narrow_panel(const float* x, bf16* y) {
   memcpy(y, &both, sizeof both);
 #else
   for (int64_t i = 0; i < kPanel; i++) y[i] = narrow(x[i], y);
+#endif
+}
+
+// x rounded to bf16 as narrow_panel does.
+INLINE vf rounded(vf x) {
+#if defined(__AVX512BF16__)
+  const auto half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
+  for (int i = 0; i < LANES; i++) x[i] = one(narrow(x[i], static_cast<bf16*>(nullptr)));
+  return x;
 #endif
 }
 
