@@ -97,8 +97,7 @@ class Op(Protocol):
     gelu_tanh moe(x [T, E], router_logits [T, N], weights, *, top_k, renormalize, kind) -> [T, E]
         weights: what `pack({"w13": [N, 2I, E], "w2": [N, E, I]})` gave
         A `linear` with `takes_narrow` true packs 16-bit weights of a wider model as well: it is
-        given them as they are stored, not widened first. One with `packs_copies` true keeps nothing
-        of the memory of a "weight" (it may of a bias): the next one may be handed over in it.
+        given them as they are stored, not widened first.
     sample(logits [R, V] float32, inputs: SampleInputs) -> [R] int32
         If it also has `checked`, which gives (ids, [R] uint8: 1 where a row's largest logit is
         infinite or one of it NaN), the core asks that and need not look for itself.

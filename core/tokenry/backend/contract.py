@@ -8,7 +8,7 @@ oracle in `reference.py`.
 Version rule: `CONTRACT = (major, minor)`. A minor only adds (a field with a conservative default, a
 method with a default, an optional op). The core serves majors M and M-1, of every minor.
 1.1: `ShapeRules.mixed_tokens`; of `Caps` `pinned_inputs`, `overlap_pays` and `invariant_option`; of
-ops `sinks=` (attention), `takes_narrow` and `packs_copies` (linear) and `checked` (sample).
+ops `sinks=` (attention), `takes_narrow` (linear) and `checked` (sample).
 """
 
 from __future__ import annotations

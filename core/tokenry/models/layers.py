@@ -50,7 +50,6 @@ class Loader:
         self._expected: dict[str, tuple[tuple[int, ...], Accept]] = {}
         self._optional: set[str] = set()
         self._narrow: set[str] = set()
-        self._scratch = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -94,7 +93,6 @@ class Loader:
                         "of this architecture's.",
                         mend="are config.json and the weights of one model?",
                     )
-        self._scratch = self._scratch[:0].clone()
         lacking = sorted(missing.keys() - self._optional)
         if lacking:
             names = ", ".join(lacking[:3])
@@ -102,23 +100,6 @@ class Loader:
                 f"{self._where('')} lacks {len(lacking)} tensors, among them {names}.",
                 mend="are config.json and the weights of one model, and is the download complete?",
             )
-
-    def joined(self, parts: Sequence[Tensor], op: Op, kind: str) -> Tensor:
-        """The parts of a "weight" or "bias" along the first dimension; a copy only where there is
-        something to join. Where `op` keeps nothing of a weight that it packs, the copy is made
-        where the last one was: memory that comes anew from the system takes longer than a copy.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        again = kind == "weight" and bool(getattr(op, "packs_copies", False))
-        if not again or len({part.dtype for part in parts}) > 1:
-            return torch.cat(list(parts))
-        size = sum(part.nbytes for part in parts)
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
-        rows = sum(part.shape[0] for part in parts)
-        place = self._scratch[:size].view(parts[0].dtype).view(rows, *parts[0].shape[1:])
-        return torch.cat(list(parts), out=place)
 
     def _kept(self, name: str, tensor: Tensor) -> torch.dtype:
         """The dtype in which a tensor is handed on."""
@@ -156,10 +137,7 @@ class Linear:
             def take(tensor: Tensor) -> None:
                 parts[key] = tensor
                 if len(parts) == total:
-                    raw = {
-                        k: loader.joined([parts.pop(f"{n}.{k}") for n in names], self._op, k)
-                        for k in kinds
-                    }
+                    raw = {k: _stacked([parts.pop(f"{n}.{k}") for n in names]) for k in kinds}
                     pack = self._op.pack if exact else partial(loader.ops.pack, self._op)
                     self.weights = pack(raw)
 
@@ -179,6 +157,11 @@ class Linear:
 
 def _takes_narrow(op: Op) -> bool:
     return bool(getattr(op, "takes_narrow", False))
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; a copy only where there is something to join."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class RmsNorm:

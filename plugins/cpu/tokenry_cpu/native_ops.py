@@ -53,7 +53,6 @@ class Linear(ReferenceOp):
     bfloat16 weights multiply is rounded to bfloat16 once; sums are float32 always.
     """
     takes_narrow = True
-    packs_copies = True
     cache: PackCache | None = None
     """Set by the backend while it builds a model whose packed weights are kept on disk."""
 
