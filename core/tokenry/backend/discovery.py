@@ -8,10 +8,8 @@ another device in silence. Imports no torch: that comes with the plugin, when it
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import resources
@@ -327,17 +325,9 @@ def known_backends() -> tuple[KnownBackend, ...]:
 
 
 def _entries(only: str | None) -> Iterator[EntryPoint]:
-    for entry in _installed(entry_points, tuple(sys.path)):
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda e: e.name):
         if only is None or entry.name == only:
             yield entry
-
-
-@functools.lru_cache(1)
-def _installed(find: Callable[..., Iterable[EntryPoint]], path: Sequence[str]) -> list[EntryPoint]:
-    """Read once as long as `path` is the same: a start asks three times, and each time the metadata
-    of every installed distribution would be read.
-    """
-    return sorted(find(group=ENTRY_POINTS), key=lambda e: e.name)
 
 
 def _manager(entry: EntryPoint) -> pluggy.PluginManager:
