@@ -164,6 +164,7 @@ API const char* tk_standins() {
 API int32_t tk_bf16_dots() { return kernels().dots; }
 
 API void tk_threads(int32_t count) { set_threads(count); }
+API int32_t tk_get_threads() { return get_threads(); }
 
 // Rows that a pass of a program takes at a time (program.h).
 API int64_t tk_pass_rows() {

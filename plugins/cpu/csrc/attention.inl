@@ -28,7 +28,8 @@ void chunk_tile(const Attention& a, const float* q, const int64_t* last, const C
   // Weights with a scale are rounded to bf16 first, and what they add up to is told of the rounded
   // ones: of equal weights the mean is exact.
   const bool scaled = kPaired<T> && chunk.scales, rounds = scaled && kDots;
-  const float *weighs = chunk.scales + kKeys, *inverses = weighs + kKeys;
+  const float* weighs = scaled ? chunk.scales + kKeys : nullptr;
+  const float* inverses = scaled ? weighs + kKeys : nullptr;
   if (chunk.asks)
     for (int64_t b = 0; b * size < count; b++) {
       ask_for(values[b], block_bytes);
@@ -182,8 +183,8 @@ void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t he
   const int32_t* table = a.block_table + request * a.table_width;
   const int64_t seen = a.window ? most_of(0, at.cached - a.window + 1) : 0;
   const int64_t end = least_of(at.cached + at.count, (piece + 1) * kPiece);
-  const int64_t begin = most_of(seen / kKeys * kKeys, piece * kPiece);
-  for (int64_t start = begin; start < end; start += kKeys) {
+  const int64_t begin = seen / kKeys * kKeys, again = begin / a.block_size;
+  for (int64_t start = most_of(begin, piece * kPiece); start < end; start += kKeys) {
     const int64_t keys_here = least_of(kKeys, end - start);
     Chunk<W> chunk;
     chunk.scales = nullptr, chunk.start = start;
@@ -191,10 +192,10 @@ void piece_as(const Attention& a, const Queries& at, int64_t request, int64_t he
     if constexpr (sizeof(T) == 1) {
       Chunk<T> bytes;
       bytes.start = start;
-      find_chunk(a, table, head, at.cached + at.count - start, begin / a.block_size, bytes);
+      find_chunk(a, table, head, at.cached + at.count - start, again, bytes);
       widen_chunk(a, bytes, keys_here, at.wide, chunk);
     } else {
-      find_chunk(a, table, head, at.cached + at.count - start, begin / a.block_size, chunk);
+      find_chunk(a, table, head, at.cached + at.count - start, again, chunk);
     }
     for (int64_t r = 0; r < rows; r += at.tile) {
       const int64_t here = least_of(at.tile, rows - r);

@@ -133,8 +133,8 @@ INLINE void ask_for(const T* block, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
 }
 
-// Finds the blocks of a chunk and those that are read next: the request has `count` keys from the
-// chunk's start on, then the next head's turn comes from block `again` on.
+// Finds the blocks of a chunk and those that are likely read next: the request has `count` keys
+// from the chunk's start on, then the next head's turn comes, from block `again` on.
 template <class T>
 INLINE void find_chunk(const Attention& a, const int32_t* table, int64_t head, int64_t count,
                        int64_t again, Chunk<T>& chunk) {

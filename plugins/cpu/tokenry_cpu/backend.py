@@ -118,7 +118,8 @@ class CpuBackend(Backend):
         self._int8_kv = options.kv == "int8"
         self._pack_cache = options.pack_cache
         self._planning = False
-        self._torch_threads = threads  # while a model is loaded and its memory planned
+        self._threads = threads
+        self._torch_threads = threads  # while the last model is loaded and its memory planned
         if self._kernels is torch_ops and (self._int8_kv or self._pack_cache):
             named = "kv=int8" if self._int8_kv else "pack_cache"
             raise ConfigError(
@@ -218,8 +219,7 @@ class CpuBackend(Backend):
         if spec.dtype == "bfloat16":
             spec = in_float32(spec) or spec
         linear.cache = cache
-        if small(spec):
-            self._torch_threads = 1
+        self._torch_threads = 1 if small(spec) else self._threads
         with torch_threads(self._torch_threads):
             step = super().build_model(spec, let_go(weights), ops)
         linear.cache = None
@@ -230,12 +230,18 @@ class CpuBackend(Backend):
 
 def in_float32(spec: ModelSpec) -> ModelSpec | None:
     """The spec with float32 between its ops, None where that would hold the weights so as well:
-    only the core's own decoders (they have a plan) leave their weights to `linear`.
+    only the core's own decoders leave their weights to `linear`.
     """
-    if not (is_dataclass(spec) and any(f.name == "plan" for f in fields(spec))):
+    if not is_decoder(spec):
         return None
-    wide: Any = replace(spec, dtype="float32")
+    decoder: Any = spec
+    wide: ModelSpec = replace(decoder, dtype="float32")
     return wide
+
+
+def is_decoder(spec: ModelSpec) -> bool:
+    """Whether this is one of the core's own decoders: they have a plan."""
+    return is_dataclass(spec) and any(f.name == "plan" for f in fields(spec))
 
 
 SMALL_BYTES = 2 * 2**30
@@ -245,7 +251,7 @@ SMALL_BYTES = 2 * 2**30
 def small(spec: ModelSpec) -> bool:
     """Whether this is a decoder of the core's, which leaves the work to the kernels, and small."""
     size = int(getattr(spec, "weight_bytes", 0))  # 0: drawn at random, which is much to compute
-    return in_float32(spec) is not None and 0 < size < SMALL_BYTES
+    return is_decoder(spec) and 0 < size < SMALL_BYTES
 
 
 @contextlib.contextmanager

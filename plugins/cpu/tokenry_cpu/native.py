@@ -50,7 +50,6 @@ class Listener(Protocol):
 
 
 _listener: Listener | None = None
-_threads = 1
 
 
 def kv_shape(
@@ -102,6 +101,7 @@ def library() -> ctypes.CDLL:
         ("tk_set_isa", c_int32, (c_char_p,)),
         ("tk_bf16_dots", c_int32, ()),
         ("tk_threads", None, (c_int32,)),
+        ("tk_get_threads", c_int32, ()),
         ("tk_nodes", None, (p, c_int32, p)),
         ("tk_pack", p, (p, p, i, i, c_int32)),
         ("tk_adopt", p, (p, p, i, i, c_int32)),
@@ -160,14 +160,12 @@ def bf16_dots() -> bool:
 
 def set_threads(count: int) -> None:
     """Threads of one kernel, the caller's among them."""
-    global _threads  # noqa: PLW0603 - the library's own setting, which it does not tell
-    _threads = count
     library().tk_threads(count)
 
 
 def threads() -> int:
     """As they were set."""
-    return _threads
+    return int(library().tk_get_threads())
 
 
 def narrowest(weight: Tensor) -> Tensor:
