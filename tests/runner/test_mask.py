@@ -11,6 +11,7 @@ from tokenry.errors import RequestError
 from tokenry.params import SamplingParams
 from tokenry.runner.mask import apply_masks, on_device
 from tokenry.runner.sampler import Draw, Sampler
+from tokenry.runner.sampling.rules import is_plain
 
 
 def packed(allowed, words):
@@ -21,7 +22,10 @@ def packed(allowed, words):
 
 def draw(params, mask=None):
     history = np.array((3, 4, 5), np.int32)
-    return Draw(params=params, seed=0, position=3, num_prompt=2, history=history, mask=mask)
+    plain = is_plain(params)
+    return Draw(
+        params=params, seed=0, position=3, num_prompt=2, history=history, plain=plain, mask=mask
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,6 +12,7 @@ from tokenry.params import SamplingParams
 from tokenry.runner.sampler import Sampler
 from tokenry.runner.sampling.draw import Draw, uniforms
 from tokenry.runner.sampling.processors import installed_processors
+from tokenry.runner.sampling.rules import is_plain
 from tokenry.runner.sampling.scores import score
 
 VOCAB = 23
@@ -31,6 +32,7 @@ def draw(params, history=(3, 4, 5), num_prompt=2, seed=0):
         position=len(history),
         num_prompt=num_prompt,
         history=np.array(history, np.int32),
+        plain=is_plain(params),
     )
 
 

@@ -15,6 +15,7 @@ from tokenry.runner.sampling.choice import narrow, next_mu
 from tokenry.runner.sampling.draw import Draw
 from tokenry.runner.sampling.marks import context_hash, green, numbers, seen_before
 from tokenry.runner.sampling.repeats import dry_penalties, repeated_ngrams
+from tokenry.runner.sampling.rules import is_plain
 
 VOCAB = 29
 FEW = settings(max_examples=60, deadline=None)
@@ -39,7 +40,7 @@ def adjusted(logits, one):
 def draw(params, history=(3, 4, 5), num_prompt=2, seed=0, mu=None):
     return Draw(
         params=params, seed=seed, position=len(history), num_prompt=num_prompt,
-        history=np.array(history, np.int32), mu=mu,
+        history=np.array(history, np.int32), mu=mu, plain=is_plain(params),
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def event_of(request: Request, now_s: float, **news: Any) -> TokensEvent:
         prompt_logprobs = tuple(request.prompt_logprobs)
         request.scores_prompt = False
     return TokensEvent(
-        request_id=request.request_id if request.group is None else request.told_as,
+        request_id=request.told_as,
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=request.num_cached,
         num_preemptions=request.epoch,

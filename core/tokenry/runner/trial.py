@@ -13,6 +13,7 @@ from tokenry.backend.base import Backend, StepBatch
 from tokenry.params import SamplingParams
 from tokenry.runner.sampler import Sampler
 from tokenry.runner.sampling.draw import Draw
+from tokenry.runner.sampling.rules import is_plain
 from tokenry.runner.sampling.scores import ROWS_AT_ONCE, score
 
 WAYS_TO_DRAW = (
@@ -35,6 +36,8 @@ def try_draws(sampler: Sampler, backend: Backend, logits: Tensor, batch: StepBat
         logits = logits[:1]  # the one row that a scored launch draws from
     history = np.zeros(1, np.int32)
     for params in WAYS_TO_DRAW:
-        draw = Draw(params=params, seed=0, position=1, num_prompt=1, history=history)
+        draw = Draw(
+            params=params, seed=0, position=1, num_prompt=1, history=history, plain=is_plain(params)
+        )
         sampled = sampler(logits, [draw] * len(logits))
         backend.fetch([sampled.token_ids, sampled.broken])()

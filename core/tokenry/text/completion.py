@@ -65,8 +65,8 @@ class Completion:
         ended = event.finish_reason is not None
         text = ""
         if ended or len(tokens) - self._num_read >= self._read_at:
-            left_out = event.finish_reason == "stop" and not event.complete and event.token_ids
-            text = self._read(len(tokens) - bool(left_out and not self._shows_stop))
+            ends = event.finish_reason == "stop" and not event.complete and bool(event.token_ids)
+            text = self._read(len(tokens) - (ends and not self._shows_stop))
         if self._logprobs is not None:
             for entry in event.logprobs[: len(tokens) - num_before]:
                 self._logprobs.append(logprobs_dict(entry, self._tokenizer))

@@ -32,7 +32,7 @@ class Draw(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     num_prompt: int
     history: IntArray
-    plain: bool = False
+    plain: bool
     processor: LogitsProcessor | None = None
     mask: Mask | None = None
     mu: float | None = None

@@ -39,9 +39,7 @@ def context_hash(key: int, context: Sequence[int]) -> Hashes:
 
 def token_hashes(state: Hashes, tokens: NDArray[np.integer]) -> Hashes:
     """[n] uint64, one per token, after the context with this hash."""
-    with np.errstate(over="ignore"):
-        spread = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return mix(state ^ spread)
+    return mix(state ^ (tokens.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
 def green(state: Hashes, tokens: NDArray[np.integer], gamma: float) -> NDArray[np.bool_]:

@@ -31,7 +31,7 @@ def has_rules(draw: Draw) -> bool:
     no other row.
     """
     begins = draw.position - draw.num_prompt < draw.params.min_tokens
-    return begins or draw.mask is not None or not (draw.plain or is_plain(draw.params))
+    return begins or draw.mask is not None or not draw.plain
 
 
 def is_plain(p: SamplingParams) -> bool:
