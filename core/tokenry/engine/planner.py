@@ -180,7 +180,7 @@ class Planner:
 
     def _gap(self, request: Request) -> int:
         """Tokens that the request could compute now."""
-        num_tokens = len(request.tokens) + request.num_pending
+        num_tokens = request.num_tokens
         if request.num_pending and (num_tokens >= request.max_len or request.params.needs_history):
             return 0  # its next step needs a token that is in flight, or that token is its last
         return num_tokens - request.num_computed
@@ -190,10 +190,7 @@ class Planner:
         end, num_held = request.num_computed + num_new, len(request.block_ids)
         if end <= num_held * self.blocks.block_size:
             return ()
-        needed = self.blocks.num_blocks_for(end) - num_held
-        if needed <= 0:
-            return ()
-        block_ids = self.blocks.allocate(needed)
+        block_ids = self.blocks.allocate(self.blocks.num_blocks_for(end) - num_held)
         if block_ids is not None:
             request.block_ids.extend(block_ids)
         return block_ids
@@ -202,7 +199,7 @@ class Planner:
         self, planned: list[Planned], request: Request, num_new: int, block_ids: tuple[int, ...]
     ) -> None:
         num_computed = request.num_computed
-        reaches_end = num_computed + num_new == len(request.tokens) + request.num_pending
+        reaches_end = num_computed + num_new == request.num_tokens
         sample = reaches_end and request.max_len > request.num_prompt
         row = Row(
             request_id=request.request_id,

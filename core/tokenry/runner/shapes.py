@@ -82,8 +82,7 @@ def split(shares: Sequence[Share], caps: Caps, extent: Extent) -> Iterator[Launc
                 phase: Phase = "mixed" if caps.phases.mixed else "prefill"
                 yield Launch(phase=phase, shares=(part,), scored=True)
     if caps.phases.mixed:
-        most_q = caps.phases.max_decode_q
-        pure = not caps.shapes.static and all(s.start > 0 and s.count <= most_q for s in plain)
+        pure = not caps.shapes.static and all(_decodes(s, caps) for s in plain)
         for rows in _grouped(plain, caps, extent, len(plain)):
             yield Launch(phase="decode" if pure else "mixed", shares=tuple(rows))
         return

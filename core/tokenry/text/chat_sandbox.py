@@ -1,5 +1,6 @@
 """The sandbox in which chat templates run. A module of its own, for jinja takes 20 ms to import and
-many a process never renders: chat.py imports it when a template is first used.
+many a process never renders: chat.py imports it when a template is first used. Out: the
+environment that compiles them; knows no messages and no model.
 """
 
 from __future__ import annotations
